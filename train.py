@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 import wandb
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
@@ -150,6 +150,8 @@ class DigitsDataModule(pl.LightningDataModule):
             rest = torch.randperm(len(labels), generator=generator)
             self.test = Digits(test_images, test_labels, torch.arange(len(test_labels)))
         train, val = rest.tensor_split([len(rest) - len(rest) // 12])
+        if self.dataset == "digits":
+            train = train.repeat(8)  # they are few: an epoch goes over them eight times
         self.train, self.val = Digits(images, labels, train), Digits(images, labels, val)
         self.loaded = self.dataset
 
@@ -245,9 +247,11 @@ class DigitClassifier(pl.LightningModule):
         logits = self(self.augment(images))  # one crop for the whole batch: it costs nothing
         loss = F.cross_entropy(logits, labels)
         self.train_accuracy.update(logits, labels)
-        self.log_dict({"train/loss": loss, "train/lr": self.lr_schedulers().get_last_lr()[0]}, prog_bar=True)
-        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+        self.log("train/loss", loss, prog_bar=True)
         return {"loss": loss, "logits": logits.detach()}
+
+    def on_train_epoch_end(self) -> None:
+        self.log("train/accuracy", self.train_accuracy)
 
     def on_validation_start(self) -> None:
         # DDP makes the ranks' batch-norm statistics equal only when the next training step begins.
@@ -256,17 +260,22 @@ class DigitClassifier(pl.LightningModule):
                 buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self._evaluate(batch, "val", self.val_accuracy, self.val_loss)
+        return self._evaluate(batch, self.val_accuracy, self.val_loss)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict({"val/accuracy": self.val_accuracy, "val/loss": self.val_loss}, prog_bar=True)
 
     def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self._evaluate(batch, "test", self.test_accuracy, self.test_loss)
+        return self._evaluate(batch, self.test_accuracy, self.test_loss)
 
-    def _evaluate(self, batch: tuple[Tensor, ...], stage: str, accuracy: MulticlassAccuracy, loss: MeanMetric) -> Tensor:
+    def on_test_epoch_end(self) -> None:
+        self.log_dict({"test/accuracy": self.test_accuracy, "test/loss": self.test_loss})
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor, Tensor], accuracy: MulticlassAccuracy, loss: MeanMetric) -> Tensor:
         images, labels, _ = batch
         logits = self(images)
         accuracy.update(logits, labels)
         loss.update(F.cross_entropy(logits, labels, reduction="none"))
-        self.log_dict({f"{stage}/accuracy": accuracy, f"{stage}/loss": loss}, prog_bar=True)
         return logits
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -549,7 +558,8 @@ def make_trainer(args: argparse.Namespace) -> pl.Trainer:
             accelerator=accelerator, devices=devices, strategy=args.strategy, num_nodes=args.num_nodes,
             precision=args.precision, max_epochs=args.max_epochs, fast_dev_run=args.fast_dev_run,
             callbacks=[ModelCheckpoint(monitor="val/loss"),
-                       ModelCheckpoint(filename="last", enable_version_counter=False)],
+                       ModelCheckpoint(filename="last", enable_version_counter=False),
+                       TQDMProgressBar(refresh_rate=20)],
             plugins=[AtomicCheckpointIO()], use_distributed_sampler=False, log_every_n_steps=10, logger=False,
         )  # fmt: skip
     except Exception as error:
@@ -618,7 +628,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
 
     trainer.callbacks[:0] = [ImagePredictionLogger(args.num_samples, data.class_names), StopAtBatchEnd()]
-    status, last_line = 1, None
+    if trainer.loggers:
+        trainer.callbacks.append(LearningRateMonitor("step"))
+    status, error = 1, ""
     try:
         trainer.fit(model, data, ckpt_path=args.ckpt_path, weights_only=True)
         best = trainer.checkpoint_callback.best_model_path
@@ -626,16 +638,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         if best and wandb.run is not None:
             wandb.run.log_artifact(best, name=f"model-{wandb.run.id}", type="model", aliases=["best"])
         status = 0
-    except (NonFiniteLoss, OSError) as error:
-        last_line = f"train.py: error: {error}"
-    except SystemExit as error:
-        status = error.code
-        last_line = "resume"
+    except (NonFiniteLoss, OSError) as exception:
+        error = f"train.py: error: {exception}"
+    except SystemExit as exception:
+        status = exception.code
+        for number in (signal.SIGINT, signal.SIGTERM):  # launchers repeat them
+            signal.signal(number, signal.SIG_IGN)
     finally:
         run = wandb.run
         if run is not None:
             run.finish(exit_code=status)
-    print(last_line)
+    if trainer.is_global_zero and not args.fast_dev_run:
+        say_where_to_look(trainer, run, error, status, argv)
+    if status and trainer.local_rank == 0:  # Lightning kills rank zero, wherever it is, when another rank fails
+        sys.exit(status)
+
+
+def say_where_to_look(trainer: pl.Trainer, run: wandb.Run, error: str, status: int, argv: Sequence[str] | None) -> None:
+    """Prints where the checkpoint is and how to see the run; if it was stopped, as last line how to resume it."""
+    files = sorted(Path(trainer.checkpoint_callback.dirpath).glob("*.ckpt"), key=os.path.getmtime)
+    folder = os.path.relpath(Path(run.dir).parent)
+    print(f"See the run: {run.url}" if not run.offline else
+          f"See the run: wandb leet {folder}    Upload it: wandb sync {folder}")  # fmt: skip
+    print(f"Checkpoint: {os.path.relpath(trainer.checkpoint_callback.best_model_path or files[-1])}" if files else "")
+    if status:
+        print(error)
+        flags = shlex.join([*(sys.argv[1:] if argv is None else argv), "--ckpt_path", os.path.relpath(files[-1])])
+        print(f"Resume it: WANDB_RUN_ID={run.id} python train.py {flags}")
 
 
 if __name__ == "__main__":
