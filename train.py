@@ -82,6 +82,8 @@ class DigitsDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Downloads and checks, once on each node. Raises UserError where that fails and there is nothing instead."""
+        if self.loaded:
+            return
         wanted = self.dataset or "mnist"
         if wanted != "digits" and not all(file.exists() for file in self._files(wanted)):
             try:
@@ -97,7 +99,7 @@ class DigitsDataModule(pl.LightningDataModule):
                       f"digits instead. For MNIST, put its four files into {self.data_dir}/MNIST/raw.")  # fmt: skip
                 wanted = "digits"
         self.dataset = wanted
-        self.setup()
+        self._load()
 
     def _download(self, dataset: type[MNIST], patience: float = 14) -> None:
         """torchvision's download, in a folder of its own until it is whole; given up after `patience` idle seconds."""
@@ -132,8 +134,10 @@ class DigitsDataModule(pl.LightningDataModule):
         """Loads, in every process, the data set that rank zero has. Raises UserError if a file is damaged."""
         if self.trainer is not None:
             self.dataset = self.trainer.strategy.broadcast(self.dataset)
-        if self.loaded == self.dataset:
-            return
+        if self.loaded != self.dataset:
+            self._load()
+
+    def _load(self) -> None:
         generator = torch.Generator().manual_seed(0)
         if self.dataset == "digits":
             from sklearn.datasets import load_digits
@@ -274,7 +278,8 @@ class DigitClassifier(pl.LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor, Tensor], accuracy: MulticlassAccuracy, loss: MeanMetric) -> Tensor:
         images, labels, _ = batch
         logits = self(images)
-        accuracy.update(logits, labels)
+        if len(labels):  # a rank's last batch may be empty, which torchmetrics' accuracy refuses
+            accuracy.update(logits, labels)
         loss.update(F.cross_entropy(logits, labels, reduction="none"))
         return logits
 
@@ -585,11 +590,14 @@ def make_logger(args: argparse.Namespace, trainer: pl.Trainer) -> WandbLogger:
 
     def start(mode: str | None = None) -> WandbLogger:
         settings = wandb.Settings(init_timeout=15, finish_timeout=60)
-        logger = WandbLogger(project=args.project, save_dir=None, mode=mode, settings=settings)
-        _ = logger.experiment  # the run itself, on rank zero
-        return logger
+        run = wandb.init(project=args.project, mode=mode, resume="allow", settings=settings)
+        run.define_metric("trainer/global_step")  # one x-axis for metrics and pictures
+        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        return WandbLogger(project=args.project, save_dir=None, experiment=run)
 
-    if not trainer.is_global_zero or wandb.setup().settings.mode not in (None, "online"):
+    if not trainer.is_global_zero:
+        return WandbLogger(project=args.project, save_dir=None)
+    if wandb.setup().settings.mode not in (None, "online"):
         return start()
     try:
         return start("online" if wandb.login(prompt=False) else "offline")
@@ -648,7 +656,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = wandb.run
         if run is not None:
             run.finish(exit_code=status)
-    if trainer.is_global_zero and not args.fast_dev_run:
+    if run is not None:
         say_where_to_look(trainer, run, error, status, argv)
     if status and trainer.local_rank == 0:  # Lightning kills rank zero, wherever it is, when another rank fails
         sys.exit(status)
@@ -656,14 +664,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def say_where_to_look(trainer: pl.Trainer, run: wandb.Run, error: str, status: int, argv: Sequence[str] | None) -> None:
     """Prints where the checkpoint is and how to see the run; if it was stopped, as last line how to resume it."""
-    files = sorted(Path(trainer.checkpoint_callback.dirpath).glob("*.ckpt"), key=os.path.getmtime)
     folder = os.path.relpath(Path(run.dir).parent)
-    print(f"See the run: {run.url}" if not run.offline else
-          f"See the run: wandb leet {folder}    Upload it: wandb sync {folder}")  # fmt: skip
-    print(f"Checkpoint: {os.path.relpath(trainer.checkpoint_callback.best_model_path or files[-1])}" if files else "")
-    if status:
-        print(error)
-        flags = shlex.join([*(sys.argv[1:] if argv is None else argv), "--ckpt_path", os.path.relpath(files[-1])])
+    print(f"See the run: wandb leet {folder}" + ("" if run.offline else f"    or {run.url}"))
+    print(f"Upload it: wandb sync {folder}" if run.offline else f"If the upload was cut short: wandb sync {folder}")
+    checkpoints = sorted(Path(trainer.checkpoint_callback.dirpath or ".").glob("*.ckpt"), key=os.path.getmtime)
+    if checkpoints:
+        print(f"Checkpoint: {os.path.relpath(trainer.checkpoint_callback.best_model_path or checkpoints[-1])}")
+    if error:
+        print(error, file=sys.stderr)
+    elif status and checkpoints:
+        flags = shlex.join([*(sys.argv[1:] if argv is None else argv), "--ckpt_path", os.path.relpath(checkpoints[-1])])
         print(f"Resume it: WANDB_RUN_ID={run.id} python train.py {flags}")
 
 
