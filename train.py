@@ -171,6 +171,7 @@ class DigitsDataModule(pl.LightningDataModule):
         """In an order that only seed and epoch decide: a resumed run sees the batches of one that never stopped."""
         rank, world_size = self.rank_and_world_size
         sampler = DistributedSampler(self.train, world_size, rank, shuffle=True, seed=self.seed)
+        sampler.set_epoch(self.trainer.current_epoch if self.trainer is not None else 0)  # Lightning's comes too late
         return DataLoader(self.train, self.batch_size, sampler=sampler, collate_fn=tuple)
 
     def _each_once(self, part: Digits) -> DataLoader:
@@ -242,12 +243,10 @@ class DigitClassifier(pl.LightningModule):
         """What `network` was given, as pixels uint8: the data set's, byte for byte, if nothing went wrong."""
         return ((inputs.float() * self.STD + self.MEAN) * 255).round().clamp(0, 255).to(torch.uint8)
 
-    def on_train_epoch_start(self) -> None:
-        # A resumed epoch is augmented as it would have been, and on every rank differently.
-        torch.manual_seed((self.hparams.seed << 32) + (self.current_epoch << 16) + self.global_rank)
-
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         images, labels, _ = batch
+        # A resumed run crops as one that never stopped, and every rank in its own way.
+        torch.manual_seed((self.hparams.seed << 32) + self.global_step * self.trainer.world_size + self.global_rank)
         logits = self(self.augment(images))  # one crop for the whole batch: it costs nothing
         loss = F.cross_entropy(logits, labels)
         self.train_accuracy.update(logits, labels)
@@ -558,6 +557,8 @@ def make_trainer(args: argparse.Namespace) -> pl.Trainer:
         accelerator, devices = ("gpu", args.gpus) if args.gpus else ("cpu", "auto")
     if not 0 <= args.seed < 2**31:
         raise UserError("--seed must be between 0 and 2147483647")
+    if args.num_samples > wandb.Image.MAX_ITEMS:
+        raise UserError(f"--num_samples must be at most {wandb.Image.MAX_ITEMS}: W&B drops the others")
     try:
         return pl.Trainer(
             accelerator=accelerator, devices=devices, strategy=args.strategy, num_nodes=args.num_nodes,
@@ -679,3 +680,5 @@ def say_where_to_look(trainer: pl.Trainer, run: wandb.Run, error: str, status: i
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # all is written; Python would take 1.7 s to take down what torch has imported
