@@ -303,8 +303,9 @@ def exact_image(pixels: Tensor, caption: str) -> wandb.Image:
 
 
 def top(samples: dict[str, Tensor], k: int) -> dict[str, Tensor]:
-    """The k samples of the highest score, highest first."""
-    best = samples["score"].topk(k).indices
+    """The k samples of the highest score, highest first; of equal ones the lower index, on however many devices."""
+    by_index = samples["indices"].argsort()
+    best = by_index[samples["score"][by_index].argsort(descending=True, stable=True)[:k]]
     return {name: tensor[best] for name, tensor in samples.items()}
 
 
@@ -376,6 +377,7 @@ class ImagePredictionLogger(pl.Callback):
         if self.logger is None:
             return
         samples = self._samples(logits, batch)
+        dataloader = dataloader[0] if isinstance(dataloader, (list, tuple)) else dataloader
         sampler = getattr(dataloader, "sampler", None)
         if isinstance(sampler, DistributedSampler):  # which begins anew where the data set ends
             position = sampler.rank + sampler.num_replicas * torch.arange(self.seen, self.seen + len(logits))
