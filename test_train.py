@@ -576,7 +576,7 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_shows_the_batch(capsys):
         main([*DIGITS, "--lr", "1e30"])
     assert stop.value.code == 1 and "the loss is not finite at step" in capsys.readouterr().err
     run = Run()
-    assert run.exit_code == [1] and len(run.pictures("train/last_batch")) == 32
+    assert run.exit_code == [1] and len(run.captions("train/last_batch")) == 32
 
 
 # -------------------------------------------------------------------------------------------------------- the tracker
