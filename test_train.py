@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shlex
 import signal
 import socket
@@ -58,10 +59,10 @@ def workplace(tmp_path, monkeypatch):
 
 
 class Run:
-    """What is on disk of the newest offline run: its records as `wandb leet inspect` prints them, and its files."""
+    """What is on disk of the newest run: its records as `wandb leet inspect` prints them, and its files."""
 
     def __init__(self, folder="."):
-        (self.folder,) = sorted(Path(folder).glob("wandb/offline-run-*"))[-1:]
+        (self.folder,) = sorted(Path(folder).glob("wandb/*run-2*"))[-1:]
         printed = subprocess.run([WANDB, "leet", "inspect", "--json", self.folder], capture_output=True, check=True)
         self.records = [json.loads(line) for line in printed.stdout.splitlines()]
         self.history = [record["history"]["item"] for record in self.records if record["type"] == "history"]
@@ -99,12 +100,42 @@ def digits():
     return data
 
 
-def run_script(*flags, folder=".", **environment):
-    return subprocess.Popen([sys.executable, SCRIPT, *flags], cwd=folder, env={**os.environ, **environment}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+def run_script(*flags, folder=".", script=SCRIPT, **environment):
+    """A process in a session of its own, in whose `folder` it works."""
+    Path(folder).mkdir(exist_ok=True)
+    return subprocess.Popen([sys.executable, script, *flags], cwd=folder, env={**os.environ, **environment}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def run_two_nodes(*flags, **how):
+    """The script as on two machines with one process each."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [run_script(*flags, NODE_RANK=rank, **address, **how) for rank in "01"]
+
+
+def finished(*processes):
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+def wait_for(condition, process):
+    while not (result := condition()):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    return result
+
+
+def last_checkpoint(folder="."):
+    return next(Path(folder).glob("lightning-digits/*/checkpoints/last.ckpt"), None)
+
 
 
 # ------------------------------------------------------------------------------------------------ a run and its logs
+
+
+HEALTHY = [*DIGITS, "--max_epochs", "2", "--num_samples", "100", "--lr", "0.01"]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +145,7 @@ def healthy(tmp_path_factory):
         folder = tmp_path_factory.mktemp("healthy")
         patch.chdir(folder)
         patch.setenv("WANDB_MODE", "offline")
-        main([*DIGITS, "--max_epochs", "2", "--num_samples", "100", "--lr", "0.01"])
+        main(HEALTHY)
         wandb.teardown()
     return Run(folder)
 
@@ -129,7 +160,7 @@ def test_metrics_pictures_and_charts_are_logged_over_one_axis(healthy):
     assert healthy.steps("val/examples.captions") == healthy.steps("val/recall/0") == [89, 178]  # no sanity check
     assert healthy.steps("test/hardest.captions") == healthy.steps("test/accuracy") == [178]
     assert {"train/loss", "train/accuracy", "lr-AdamW", "val/loss", "val/accuracy", "test/loss"} <= {
-        key for row in healthy.history for key in row if "trainer/global_step" in row}  # fmt: skip
+        key for row in healthy.history for key in row if "trainer/global_step" in row}
     assert healthy.values("test/accuracy")[-1] > 0.95
 
 
@@ -150,7 +181,7 @@ def test_captions_charts_and_table_are_the_predictions_of_the_best_checkpoint(he
     images, labels, indices = data.test.__getitems__(range(len(data.test)))
     probabilities = model(images).softmax(dim=1)
     expected = {i.item(): f"Pred: {p.argmax()} ({p.max():.0%}), Label: {label} (#{i})"
-                for p, label, i in zip(probabilities, labels, indices)}  # fmt: skip
+                for p, label, i in zip(probabilities, labels, indices)}
     assert all(caption == expected[index(caption)] for caption in healthy.captions("test/examples"))
     for row in healthy.table("test/predictions"):
         assert predicted_and_label(expected[row[0]]) == (row[3], row[2])
@@ -181,7 +212,7 @@ def test_the_split_is_the_same_whatever_the_seed_and_proportional():
 class ThroughFit(pl.Trainer):
     def __init__(self, logger, callback):
         super().__init__(accelerator="cpu", max_epochs=1, logger=logger, callbacks=[callback], limit_train_batches=2,
-                         enable_progress_bar=False, enable_checkpointing=False)  # fmt: skip
+                         enable_progress_bar=False, enable_checkpointing=False)
         self.fit(DigitClassifier(), digits())
 
 
@@ -242,9 +273,10 @@ def web_server(answer):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture
@@ -363,7 +395,7 @@ def broken_run(monkeypatch, spoil_data=None, **spoiled_methods):
     monkeypatch.setattr(DigitsDataModule, "_load", load_and_spoil)
     for name, method in spoiled_methods.items():
         monkeypatch.setattr(DigitClassifier, name, method)
-    main([*DIGITS, "--max_epochs", "2", "--num_samples", "100", "--lr", "0.01"])
+    main([*DIGITS, "--max_epochs", "1", "--num_samples", "100", "--lr", "0.01"])
     return Run()
 
 
@@ -419,7 +451,7 @@ def test_a_picture_shows_what_the_model_really_got(monkeypatch, spoil):
         return self.network((once / 255 - self.MEAN) / self.STD)
 
     spoiled = {"normalised twice": normalised_twice, "transposed": lambda self, x: forward(self, x.transpose(2, 3)),
-               "black": lambda self, images: forward(self, images * 0)}[spoil]  # fmt: skip
+               "black": lambda self, images: forward(self, images * 0)}[spoil]
     run = broken_run(monkeypatch, forward=spoiled)
     assert len(pictures_that_are_not_the_data_sets(run)) > 95
     (i, pixels), *_ = run.pictures("val/examples").items()
@@ -439,29 +471,15 @@ def evidence(run):
     return captions, table, recalls, run.table("test/confusion_matrix_table"), run.values("test/accuracy")
 
 
-def finished(*processes):
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), outputs
-    return outputs
-
-
 def test_two_processes_and_two_nodes_log_what_one_does(healthy):
-    (checkpoint,) = healthy.folder.parents[1].glob("lightning-digits/*/checkpoints/last.ckpt")
-    flags = [*DIGITS, "--max_epochs", "2", "--num_samples", "100", "--ckpt_path", str(checkpoint), "--strategy"]
-    for name in ("one", "processes", "nodes"):
-        Path(name).mkdir()
-    with contextlib.chdir("one"):
-        main([*flags, "auto"])
-    one = Run("one")
-    finished(run_script(*flags, "ddp", "--devices", "2", folder="processes"))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    nodes = [run_script(*flags, "ddp", "--devices", "1", "--num_nodes", "2", folder="nodes", NODE_RANK=rank, **address)
-             for rank in "01"]  # fmt: skip
-    finished(*nodes)
-    for name in ("processes", "nodes"):
-        assert len(list(Path(name).glob("wandb/*run-*"))) == 1  # one run, not one a rank
-        for found, expected in zip(evidence(Run(name)), evidence(one)):
+    checkpoint = ["--ckpt_path", str(last_checkpoint(healthy.folder.parents[1]))]
+    processes = run_script(*HEALTHY, *checkpoint, "--devices", "2", "--strategy", "ddp", folder="processes")
+    nodes = run_two_nodes(*HEALTHY, *checkpoint, "--devices", "1", "--num_nodes", "2", folder="nodes")
+    main([*HEALTHY, *checkpoint])
+    finished(processes, *nodes)
+    for folder in ("processes", "nodes"):
+        assert len(list(Path(folder).glob("wandb/*run-2*"))) == 1  # one run, not one a rank
+        for found, expected in zip(evidence(Run(folder)), evidence(Run())):
             assert found == expected
 
 
@@ -484,8 +502,8 @@ if __name__ == "__main__":
         logger = pl.loggers.WandbLogger(project="foreign")
         callback = ImagePredictionLogger(4, to_media=lambda sample, caption: wandb.Html(caption))
         callback.on_validation_epoch_end = lambda trainer, module: callback._log(trainer, module, "val")
-        trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=logger, callbacks=[callback],
-                             enable_progress_bar=False, enable_model_summary=False)
+        trainer = pl.Trainer(accelerator="cpu", devices=1, num_nodes=2, strategy="ddp", logger=logger,
+                             callbacks=[callback], enable_progress_bar=False, enable_model_summary=False)
         trainer.validate(Model(), [DataLoader(data, batch_size=2)] if n == 5 else DataLoader(data), verbose=False)
         if trainer.is_global_zero:
             wandb.finish()
@@ -494,9 +512,7 @@ if __name__ == "__main__":
 
 def test_where_a_sampler_pads_with_duplicates_each_sample_counts_once():
     Path("foreign.py").write_text(FOREIGN_PROJECT)
-    process = subprocess.Popen([sys.executable, "foreign.py"], env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)},
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
-    finished(process)
+    finished(*run_two_nodes(script="foreign.py", PYTHONPATH=str(SCRIPT.parent)))
     tables = [json.loads(file.read_text())["data"] for file in sorted(Path().glob("wandb/offline-run-*/files/media/table/val/*"))]
     assert sorted(sum(n for *_, n in table) for table in tables) == [1, 5]
 
@@ -504,21 +520,22 @@ def test_where_a_sampler_pads_with_duplicates_each_sample_counts_once():
 # --------------------------------------------------------------------------------------------- interrupted and resumed
 
 
-def test_a_signal_leaves_a_checkpoint_and_the_command_that_resumes(monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_and_the_command_that_resumes(monkeypatch, capsys, number):
     training_step = DigitClassifier.training_step
 
     def interrupted_step(self, batch, batch_idx):
         if self.global_step == 120:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return training_step(self, batch, batch_idx)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(DigitClassifier, "training_step", interrupted_step)
         main([*DIGITS, "--max_epochs", "2"])
-    assert stop.value.code == 128 + signal.SIGINT and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert stop.value.code == 128 + number
+    signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)
     stopped = Run()
-    assert stopped.exit_code == [130]
+    assert stopped.exit_code == [128 + number]
     last_line = capsys.readouterr().out.strip().splitlines()[-1]
     run_id, *command = shlex.split(last_line.removeprefix("Resume it: "))
     assert command[:2] == ["python", "train.py"] and command[-1].endswith("interrupted.ckpt")
@@ -531,36 +548,56 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_that_resumes(monkeypatch, 
     assert len(set(steps)) == len(steps) and resumed.steps("test/accuracy") == [178]
 
 
-def test_two_processes_stop_together_on_sigterm():
-    process = run_script(*DDP, "--max_epochs", "1000")
-    checkpoints = wait_for(lambda: list(Path().glob("lightning-digits/*/checkpoints/last.ckpt")), process)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in output
-    assert Run().exit_code == [143]
-    torch.load(checkpoints[0].with_name("interrupted.ckpt"), weights_only=True)
+def test_two_processes_stop_together():
+    """Ctrl+C reaches them both; SIGTERM is here sent to the first alone."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    processes = [run_script(*DDP, "--max_epochs", "1000", folder=number.name) for number in numbers]
+    for number, process in zip(numbers, processes):
+        wait_for(lambda: last_checkpoint(number.name), process)
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    for number, process in zip(numbers, processes):
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + number and "Traceback" not in output
+        assert Run(number.name).exit_code == [128 + number]
+        assert output.strip().splitlines()[-1].startswith("Resume it: ")
+        torch.load(last_checkpoint(number.name).with_name("interrupted.ckpt"), weights_only=True)
 
 
-def wait_for(condition, process):
-    while not (result := condition()):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    return result
-
-
-def test_a_run_killed_and_resumed_ends_with_the_same_weights_bit_for_bit(monkeypatch):
-    flags = [*DIGITS, "--max_epochs", "3"]
-    process = run_script(*flags)
-    (killed,) = wait_for(lambda: list(Path().glob("lightning-digits/*/checkpoints/last.ckpt")), process)
+def test_a_run_killed_and_resumed_ends_with_the_same_weights_bit_for_bit(healthy):
+    process = run_script(*HEALTHY)
+    killed = wait_for(last_checkpoint, process)
     process.kill()
     process.communicate()
     for file in killed.parent.glob("*.ckpt"):  # no half-written one
-        torch.load(file, weights_only=True)
-    main([*flags, "--ckpt_path", str(killed)])
-    main(flags)
-    *_, resumed, whole = sorted(Path().glob("lightning-digits/*/checkpoints/last.ckpt"), key=os.path.getmtime)
-    weights = [torch.load(file, weights_only=True)["state_dict"] for file in (resumed, whole)]
+        assert torch.load(file, weights_only=True)["epoch"] == 0
+    main([*HEALTHY, "--ckpt_path", str(killed)])
+    _, resumed = sorted(Path().glob("lightning-digits/*/checkpoints/last.ckpt"), key=os.path.getmtime)
+    files = resumed, last_checkpoint(healthy.folder.parents[1])
+    weights = [torch.load(file, weights_only=True)["state_dict"] for file in files]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_a_full_disk_gets_one_line_and_the_last_checkpoint_is_intact(monkeypatch, capsys):
+    """A limit on the size of files stands for the disk: the second epoch's checkpoint can't be written."""
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    start = DigitClassifier.on_validation_start
+
+    def start_with_full_disk(self):
+        if self.current_epoch == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+        start(self)
+
+    monkeypatch.setattr(DigitClassifier, "on_validation_start", start_with_full_disk)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main([*DIGITS, "--max_epochs", "2"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    printed = capsys.readouterr()
+    assert stop.value.code == 1 and "error: [Errno 27] File too large" in printed.err
+    assert "Traceback" not in printed.err and "Resume it: " in printed.out
+    assert Run().exit_code == [1] and torch.load(last_checkpoint(), weights_only=True)["epoch"] == 0
+    assert all(file.suffix == ".ckpt" for file in last_checkpoint().parent.iterdir())
 
 
 def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path):
@@ -582,18 +619,57 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_shows_the_batch(capsys):
 # -------------------------------------------------------------------------------------------------------- the tracker
 
 
-@pytest.mark.parametrize("failure", ["refuses", "answers with errors"])
-def test_a_tracker_that_cannot_be_reached_does_not_stop_the_training(failure):
+def start_a_run(handler):
+    """As much of W&B's server as a run needs to be online."""
+    body = handler.rfile.read(int(handler.headers["Content-Length"] or 0)).decode(errors="ignore")
+    name = re.search('"name":"(.{8})"', body)
+    name = name and name[1]
+    project = {"id": "1", "name": "lightning-digits", "entity": {"id": "1", "name": "me"}}
+    answers = {
+        "query Viewer": {"data": {"viewer": {"id": "1", "entity": "me", "username": "me", "teams": {"edges": []}}}},
+        "RunResumeStatus": {"data": {"model": None}},
+        "upsertBucket": {"data": {"upsertBucket": {"inserted": True, "bucket": {
+            "id": "1", "name": name, "displayName": "1", "config": "{}", "project": project, "historyLineCount": 0}}}},
+        "files": {"limits": {}},
+    }
+    answer = next((answer for name, answer in answers.items() if name in body), {"errors": [{"message": "not here"}]})
+    content = json.dumps(answer).encode()
+    handler.send_response(200)
+    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content)
+
+
+def test_no_failure_of_the_tracker_stops_the_training(monkeypatch, capsys):
     key = "0123456789abcdef" * 2 + "01234567"
-    with web_server(lambda handler: handler.send_error(500)) as address:
-        if failure == "refuses":
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                address = f"http://127.0.0.1:{free.getsockname()[1]}"
-        os.environ.pop("WANDB_MODE")
-        (output,) = finished(run_script(*DIGITS, "--max_epochs", "1", WANDB_API_KEY=key, WANDB_BASE_URL=address))
-    assert len(re.findall("W&B can't be reached .* `wandb sync`", output)) == 1
-    assert Run().exit_code == [0] and Run().values("test/accuracy")
-    assert key not in output and not [f for f in Path().rglob("*") if f.is_file() and key.encode() in f.read_bytes()]
+    flags = [*DIGITS, "--max_epochs", "2"]
+    monkeypatch.delenv("WANDB_MODE")
+    for name, value in {"API_KEY": key, "HTTP_TIMEOUT": "1", "FINISH_TIMEOUT": "2"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    outputs = {}
+    with web_server(start_a_run) as address:
+        process = run_script(*flags, folder="goes away", WANDB_BASE_URL=address)
+        wait_for(lambda: last_checkpoint("goes away"), process)
+    with web_server(lambda handler: handler.send_error(500)) as failing, socket.create_server(("", 0)) as silent:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = {"refuses": closed.getsockname()[1], "never answers": silent.getsockname()[1]}
+        for failure, address in {"fails": failing, **{f: f"http://127.0.0.1:{p}" for f, p in port.items()}}.items():
+            Path(failure).mkdir()
+            monkeypatch.setenv("WANDB_BASE_URL", address)
+            with contextlib.chdir(failure):
+                main(flags)
+            wandb.teardown()  # which has read the environment
+            outputs[failure] = capsys.readouterr().out
+            assert len(re.findall("W&B can't be reached .* `wandb sync`", outputs[failure])) == 1
+    (outputs["goes away"],) = finished(process)
+    assert "offline" not in outputs["goes away"] and "wandb sync wandb/run-2" in outputs["goes away"]
+    for failure, output in outputs.items():
+        run = Run(failure)
+        assert run.exit_code == [0] and run.values("val/hardest.captions") and run.table("test/predictions")
+        assert run.steps("train/loss") == list(range(9, 178, 10)) and run.steps("test/accuracy") == [178]
+        assert key not in output
+    assert not [file for file in Path().rglob("*") if file.is_file() and key.encode() in file.read_bytes()]
 
 
 # -------------------------------------------------------------------------------------------------------- wrong input
@@ -617,10 +693,10 @@ NUMBERS = ["--num_nodes", "--max_epochs", "--batch_size", "--lr", "--num_samples
     ["--num_samples", "109"], ["--unknown"], ["--max_epoch", "1"], ["--gpus", "x"], ["--gpus", "-2"], ["--gpus", "1", "--devices", "1"],
     ["--gpus", "0", "--accelerator", "cpu"], ["--strategy", "x"], ["--precision", "x"], ["--accelerator", "x"],
     ["--dataset", "x"],
-], ids=" ".join)  # fmt: skip
+], ids=" ".join)
 def test_a_wrong_flag_gets_one_line(capsys, flags):
     assert flags[0].lstrip("-").split("_")[0] in refused(capsys, *flags, *([] if "--accelerator" in flags or "--gpus" in
-                                                         flags else ["--accelerator", "cpu"])).lower()  # fmt: skip
+                                                         flags else ["--accelerator", "cpu"])).lower()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -650,3 +726,9 @@ def test_a_data_dir_that_is_a_file_gets_one_line(capsys):
     Path("file").write_text("")
     assert "can't be written" in refused(capsys, "--accelerator", "cpu", "--data_dir", "file")
     assert "can't be written" in refused(capsys, "--accelerator", "cpu", "--data_dir", "file/below")
+
+
+def test_a_wandb_folder_that_cannot_be_written_gets_one_line(capsys, monkeypatch):
+    Path("file").write_text("")
+    monkeypatch.setenv("WANDB_DIR", str(Path("file").absolute()))
+    assert "set WANDB_DIR" in refused(capsys, *DIGITS)

@@ -74,7 +74,7 @@ class DigitsDataModule(pl.LightningDataModule):
     """
 
     def __init__(self, dataset: str | None = None, data_dir: str = "data", batch_size: int = 128, seed: int = 0,
-                 download: bool = True) -> None:  # fmt: skip
+                 download: bool = True) -> None:
         super().__init__()
         self.dataset, self.data_dir, self.download = dataset, Path(data_dir), download
         self.batch_size, self.seed = batch_size, seed
@@ -94,9 +94,9 @@ class DigitsDataModule(pl.LightningDataModule):
                     raise UserError(f"--data_dir {self.data_dir} can't be written ({reason}): name another") from error
                 if self.dataset:
                     raise UserError(f"{wanted} is not in --data_dir {self.data_dir} and can't be downloaded ({reason}): "
-                                    "put its four files there, or try --dataset digits") from error  # fmt: skip
+                                    "put its four files there, or try --dataset digits") from error
                 print(f"MNIST is not in {self.data_dir} and can't be downloaded ({reason}): training on scikit-learn's "
-                      f"digits instead. For MNIST, put its four files into {self.data_dir}/MNIST/raw.")  # fmt: skip
+                      f"digits instead. For MNIST, put its four files into {self.data_dir}/MNIST/raw.")
                 wanted = "digits"
         self.dataset = wanted
         self._load()
@@ -229,10 +229,10 @@ class DigitClassifier(pl.LightningModule):
             nn.Conv2d(16, 32, 3, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(32), nn.ReLU(),
             nn.Conv2d(32, 128, 3, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
             nn.Flatten(), nn.Linear(128 * 3 * 3, 10),
-        ).to(memory_format=torch.channels_last)  # fmt: skip
+        ).to(memory_format=torch.channels_last)
         self.augment = RandomCrop(28, padding=1)
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (
-            MulticlassAccuracy(10, average="micro") for _ in range(3))  # fmt: skip
+            MulticlassAccuracy(10, average="micro") for _ in range(3))
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -340,7 +340,7 @@ class ImagePredictionLogger(pl.Callback):
     TABLE_ROWS = 200
 
     def __init__(self, num_samples: int = 32, class_names: Sequence[str] | None = None,
-                 to_media: Callable[[Tensor, str], Any] = exact_image) -> None:  # fmt: skip
+                 to_media: Callable[[Tensor, str], Any] = exact_image) -> None:
         self.num_samples, self.class_names, self.to_media = num_samples, class_names, to_media
         self.logger: WandbLogger | None = None
         self.warned = False
@@ -352,7 +352,7 @@ class ImagePredictionLogger(pl.Callback):
                 rank_zero_warn("ImagePredictionLogger does nothing: the Trainer has no WandbLogger")
             self.warned = True
             return
-        self.train_samples: dict[str, Tensor] | None = None
+        self.train_batch: tuple[Tensor, Any, Tensor] | None = None
         self._reset()
         first = next(module for module in pl_module.modules() if list(module.parameters(recurse=False)))
         self.hook = first.register_forward_pre_hook(lambda _, args: setattr(self, "inputs", args[0].detach()))
@@ -370,7 +370,7 @@ class ImagePredictionLogger(pl.Callback):
         _, labels, indices = batch
         loss = F.cross_entropy(logits.float(), labels, reduction="none")
         return {"score": loss, "loss": loss, "inputs": self.inputs, "labels": labels, "indices": indices,
-                "probabilities": logits.float().softmax(dim=1)}  # fmt: skip
+                "probabilities": logits.float().softmax(dim=1)}
 
     def _collect(self, logits: Tensor, batch: tuple[Tensor, Tensor, Tensor], dataloader: Any, hardest: int) -> None:
         """Merges a batch into what is kept, and forgets the rest of it."""
@@ -427,13 +427,13 @@ class ImagePredictionLogger(pl.Callback):
         columns = ["Actual", "Predicted", "nPredictions"]
         counts = [[a, p, n] for a, row in zip(names, confusion.tolist()) for p, n in zip(names, row)]
         values[f"{stage}/confusion_matrix"] = wandb.plot_table(
-            "wandb/confusion_matrix/v1", wandb.Table(columns, counts), {name: name for name in columns})  # fmt: skip
+            "wandb/confusion_matrix/v1", wandb.Table(columns, counts), {name: name for name in columns})
         if stage == "test":
             hardest, table = samples["hardest"], wandb.Table(["index", "image", "label", "prediction", "loss", *names])
             for picture, index, label, loss, row in zip(media["hardest"], *map(hardest.get, (
-                    "indices", "labels", "loss", "probabilities"))):  # fmt: skip
+                    "indices", "labels", "loss", "probabilities"))):
                 table.add_data(index.item(), picture, self._name(label), self._name(row.argmax()), loss.item(),
-                               *row.tolist())  # fmt: skip
+                               *row.tolist())
             values["test/predictions"] = table
         self.logger.log_metrics(values, step=trainer.global_step)
 
@@ -489,6 +489,8 @@ class StopAtBatchEnd(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         non_finite, stopped = self._on_any_rank(trainer, outputs["loss"])
+        if non_finite or stopped:
+            trainer.progress_bar_callback.on_train_end()  # else it draws itself again below our last line
         if non_finite:
             raise NonFiniteLoss(f"the loss is not finite at step {trainer.global_step}: try a smaller --lr")
         if stopped:
@@ -546,7 +548,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--num_samples", type=positive(int), default=32, help="pictures in a panel of W&B (default: 32)")
     add("--ckpt_path", help="checkpoint to resume from (default: none)")
     add("--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"),
-        help="W&B's project (default: WANDB_PROJECT or lightning-digits)")  # fmt: skip
+        help="W&B's project (default: WANDB_PROJECT or lightning-digits)")
     return parser
 
 
@@ -569,7 +571,7 @@ def make_trainer(args: argparse.Namespace) -> pl.Trainer:
                        ModelCheckpoint(filename="last", enable_version_counter=False),
                        TQDMProgressBar(refresh_rate=20)],
             plugins=[AtomicCheckpointIO()], use_distributed_sampler=False, log_every_n_steps=10, logger=False,
-        )  # fmt: skip
+        )
     except Exception as error:
         raise UserError(f"{error} (--help explains the flags; --gpus 0 trains on the CPU)") from error
 
@@ -589,25 +591,36 @@ def check_checkpoint(path: str, model: DigitClassifier, max_epochs: int) -> None
 
 
 def make_logger(args: argparse.Namespace, trainer: pl.Trainer) -> WandbLogger:
-    """Starts the W&B run: online if there are credentials and the server answers, else offline. Never asks."""
+    """Starts the W&B run: online if there are credentials and the server answers, else offline. Never asks.
 
-    def start(mode: str | None = None) -> WandbLogger:
-        settings = wandb.Settings(init_timeout=15, finish_timeout=60)
-        run = wandb.init(project=args.project, mode=mode, resume="allow", settings=settings)
+    Raises:
+        UserError: W&B's folder can't be written; left to itself, wandb would record in the temporary folder.
+    """
+
+    def start(mode: str | None) -> wandb.Run:
+        run = wandb.init(project=args.project, mode=mode, resume="allow")
         run.define_metric("trainer/global_step")  # one x-axis for metrics and pictures
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-        return WandbLogger(project=args.project, save_dir=None, experiment=run)
+        return run
 
     if not trainer.is_global_zero:
         return WandbLogger(project=args.project, save_dir=None)
-    if wandb.setup().settings.mode not in (None, "online"):
-        return start()
+    for wait, seconds in {"HTTP": 5, "INIT": 15, "FINISH": 60}.items():  # of a server that has gone
+        os.environ.setdefault(f"WANDB_{wait}_TIMEOUT", str(seconds))
+    settings = wandb.setup().settings
     try:
-        return start("online" if wandb.login(prompt=False) else "offline")
+        Path(settings.wandb_dir).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=settings.wandb_dir).close()
+    except OSError as error:
+        raise UserError(f"W&B's folder can't be written ({error}): set WANDB_DIR to another") from error
+    try:
+        ask_server = settings.mode in (None, "online")
+        run = start(settings.mode if not ask_server else "online" if wandb.login(prompt=False) else "offline")
     except (wandb.errors.AuthenticationError, wandb.errors.CommError) as error:
         reason = " ".join(str(error).split())
         print(f"W&B can't be reached ({reason}): recording offline, nothing is lost; `wandb sync` uploads it later.")
-        return start("offline")
+        run = start("offline")
+    return WandbLogger(project=args.project, save_dir=None, experiment=run)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -621,6 +634,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a batch is one index: they would only cost
     warnings.filterwarnings("ignore", ".*LeafSpec.*")  # between Lightning and torch
+    logging.raiseExceptions = False  # a full disk gets one line from us, not a traceback for each line of a log
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)  # hints at other products
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -641,7 +655,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.callbacks[:0] = [ImagePredictionLogger(args.num_samples, data.class_names), StopAtBatchEnd()]
     if trainer.loggers:
         trainer.callbacks.append(LearningRateMonitor("step"))
-    status, error = 1, ""
+    status, error = 1, None
     try:
         trainer.fit(model, data, ckpt_path=args.ckpt_path, weights_only=True)
         best = trainer.checkpoint_callback.best_model_path
@@ -650,7 +664,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             wandb.run.log_artifact(best, name=f"model-{wandb.run.id}", type="model", aliases=["best"])
         status = 0
     except (NonFiniteLoss, OSError) as exception:
-        error = f"train.py: error: {exception}"
+        error = exception
     except SystemExit as exception:
         status = exception.code
         for number in (signal.SIGINT, signal.SIGTERM):  # launchers repeat them
@@ -660,23 +674,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run is not None:
             run.finish(exit_code=status)
     if run is not None:
-        say_where_to_look(trainer, run, error, status, argv)
+        if error:
+            print(f"train.py: error: {error}", file=sys.stderr)
+        can_resume = status and not isinstance(error, NonFiniteLoss)
+        say_where_to_look(trainer, run, (sys.argv[1:] if argv is None else argv) if can_resume else None)
     if status and trainer.local_rank == 0:  # Lightning kills rank zero, wherever it is, when another rank fails
         sys.exit(status)
 
 
-def say_where_to_look(trainer: pl.Trainer, run: wandb.Run, error: str, status: int, argv: Sequence[str] | None) -> None:
-    """Prints where the checkpoint is and how to see the run; if it was stopped, as last line how to resume it."""
-    folder = os.path.relpath(Path(run.dir).parent)
-    print(f"See the run: wandb leet {folder}" + ("" if run.offline else f"    or {run.url}"))
-    print(f"Upload it: wandb sync {folder}" if run.offline else f"If the upload was cut short: wandb sync {folder}")
+def say_where_to_look(trainer: pl.Trainer, run: wandb.Run, flags: Sequence[str] | None) -> None:
+    """Prints how to see the run and where the checkpoint is; with the flags of a run that was stopped, how to resume."""
+    if not run.disabled:
+        folder = os.path.relpath(Path(run.dir).parent)
+        print(f"See the run: wandb leet {folder}" + ("" if run.offline else f"    or {run.url}"))
+        print(f"Upload it: wandb sync {folder}" if run.offline else f"If the upload was cut short: wandb sync {folder}")
     checkpoints = sorted(Path(trainer.checkpoint_callback.dirpath or ".").glob("*.ckpt"), key=os.path.getmtime)
     if checkpoints:
         print(f"Checkpoint: {os.path.relpath(trainer.checkpoint_callback.best_model_path or checkpoints[-1])}")
-    if error:
-        print(error, file=sys.stderr)
-    elif status and checkpoints:
-        flags = shlex.join([*(sys.argv[1:] if argv is None else argv), "--ckpt_path", os.path.relpath(checkpoints[-1])])
+    if checkpoints and flags is not None:
+        flags = shlex.join([*flags, "--ckpt_path", os.path.relpath(checkpoints[-1])])
         print(f"Resume it: WANDB_RUN_ID={run.id} python train.py {flags}")
 
 
