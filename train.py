@@ -21,10 +21,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import wandb.apis.public  # before torch: wandb.init would import it, which takes a second longer among its modules
+
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-import wandb
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.plugins import TorchCheckpointIO
