@@ -21,7 +21,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import wandb.apis.public  # before torch: wandb.init would import it, which takes a second longer among its modules
+# In seconds; by its own defaults, a W&B server that has gone would hold training up for minutes.
+for wait, seconds in {"HTTP": 5, "INIT": 15, "FINISH": 60}.items():
+    os.environ.setdefault(f"WANDB_{wait}_TIMEOUT", str(seconds))
+import wandb.apis.public  # before torch: wandb.init would import it, which takes a second longer among torch's modules
 
 import pytorch_lightning as pl
 import torch
@@ -94,8 +97,8 @@ class DigitsDataModule(pl.LightningDataModule):
                 if isinstance(error, (FileExistsError, NotADirectoryError, PermissionError)):
                     raise UserError(f"--data_dir {self.data_dir} can't be written ({reason}): name another") from error
                 if self.dataset:
-                    raise UserError(f"{wanted} is not in --data_dir {self.data_dir} and can't be downloaded ({reason}): "
-                                    "put its four files there, or try --dataset digits") from error
+                    raise UserError(f"{wanted} is not in --data_dir {self.data_dir} and can't be downloaded ({reason}):"
+                                    " put its four files there, or try --dataset digits") from error
                 print(f"MNIST is not in {self.data_dir} and can't be downloaded ({reason}): training on scikit-learn's "
                       f"digits instead. For MNIST, put its four files into {self.data_dir}/MNIST/raw.")
                 wanted = "digits"
@@ -246,8 +249,10 @@ class DigitClassifier(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         images, labels, _ = batch
-        # A resumed run crops as one that never stopped, and every rank in its own way.
-        torch.manual_seed((self.hparams.seed << 32) + self.global_step * self.trainer.world_size + self.global_rank)
+        # A resumed run crops as one that never stopped, and every rank in its own way. (Where there is no GPU,
+        # torch.manual_seed takes 2 ms to note down that it should be seeded too.)
+        position = self.global_step * self.trainer.world_size + self.global_rank
+        torch.default_generator.manual_seed((self.hparams.seed << 32) + position)
         logits = self(self.augment(images))  # one crop for the whole batch: it costs nothing
         loss = F.cross_entropy(logits, labels)
         self.train_accuracy.update(logits, labels)
@@ -430,12 +435,13 @@ class ImagePredictionLogger(pl.Callback):
         values[f"{stage}/confusion_matrix"] = wandb.plot_table(
             "wandb/confusion_matrix/v1", wandb.Table(columns, counts), {name: name for name in columns})
         if stage == "test":
-            hardest, table = samples["hardest"], wandb.Table(["index", "image", "label", "prediction", "loss", *names])
-            for picture, index, label, loss, row in zip(media["hardest"], *map(hardest.get, (
-                    "indices", "labels", "loss", "probabilities"))):
-                table.add_data(index.item(), picture, self._name(label), self._name(row.argmax()), loss.item(),
-                               *row.tolist())
-            values["test/predictions"] = table
+            worst = samples["hardest"]
+            rows = zip(worst["indices"].tolist(), media["hardest"], worst["labels"], worst["loss"].tolist(),
+                       worst["probabilities"])
+            values["test/predictions"] = wandb.Table(
+                ["index", "image", "label", "prediction", "loss", *names],
+                [[index, picture, self._name(label), self._name(row.argmax()), loss, *row.tolist()]
+                 for index, picture, label, loss, row in rows])
         self.logger.log_metrics(values, step=trainer.global_step)
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *_) -> None:
@@ -461,10 +467,6 @@ class ImagePredictionLogger(pl.Callback):
             self.logger.log_metrics({"train/last_batch": self._media(pl_module, last)}, step=trainer.global_step)
 
 
-class NonFiniteLoss(Exception):
-    """The loss is infinite or not a number."""
-
-
 class StopAtBatchEnd(pl.Callback):
     """Ends training where all ranks can: at a batch's end, after a signal or when the loss isn't finite any more.
 
@@ -472,7 +474,7 @@ class StopAtBatchEnd(pl.Callback):
 
     Raises:
         SystemExit: after SIGINT or SIGTERM, with 128 + its number; `interrupted.ckpt` is saved.
-        NonFiniteLoss: at once; nothing is saved, since the weights are spoiled.
+        FloatingPointError: at once; nothing is saved, since the weights are spoiled.
     """
 
     signal = 0
@@ -493,7 +495,7 @@ class StopAtBatchEnd(pl.Callback):
         if non_finite or stopped:
             trainer.progress_bar_callback.on_train_end()  # else it draws itself again below our last line
         if non_finite:
-            raise NonFiniteLoss(f"the loss is not finite at step {trainer.global_step}: try a smaller --lr")
+            raise FloatingPointError(f"the loss is not finite at step {trainer.global_step}: try a smaller --lr")
         if stopped:
             trainer.save_checkpoint(Path(trainer.checkpoint_callback.dirpath, "interrupted.ckpt"))
             raise SystemExit(128 + (self.signal or signal.SIGTERM))
@@ -598,7 +600,7 @@ def make_logger(args: argparse.Namespace, trainer: pl.Trainer) -> WandbLogger:
         UserError: W&B's folder can't be written; left to itself, wandb would record in the temporary folder.
     """
 
-    def start(mode: str | None) -> wandb.Run:
+    def start(mode: str) -> wandb.Run:
         run = wandb.init(project=args.project, mode=mode, resume="allow")
         run.define_metric("trainer/global_step")  # one x-axis for metrics and pictures
         run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
@@ -606,8 +608,6 @@ def make_logger(args: argparse.Namespace, trainer: pl.Trainer) -> WandbLogger:
 
     if not trainer.is_global_zero:
         return WandbLogger(project=args.project, save_dir=None)
-    for wait, seconds in {"HTTP": 5, "INIT": 15, "FINISH": 60}.items():  # of a server that has gone
-        os.environ.setdefault(f"WANDB_{wait}_TIMEOUT", str(seconds))
     settings = wandb.setup().settings
     try:
         Path(settings.wandb_dir).mkdir(parents=True, exist_ok=True)
@@ -615,8 +615,8 @@ def make_logger(args: argparse.Namespace, trainer: pl.Trainer) -> WandbLogger:
     except OSError as error:
         raise UserError(f"W&B's folder can't be written ({error}): set WANDB_DIR to another") from error
     try:
-        ask_server = settings.mode in (None, "online")
-        run = start(settings.mode if not ask_server else "online" if wandb.login(prompt=False) else "offline")
+        mode = settings.mode or "online"
+        run = start("offline" if mode == "online" and not wandb.login(prompt=False) else mode)
     except (wandb.errors.AuthenticationError, wandb.errors.CommError) as error:
         reason = " ".join(str(error).split())
         print(f"W&B can't be reached ({reason}): recording offline, nothing is lost; `wandb sync` uploads it later.")
@@ -656,7 +656,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.callbacks[:0] = [ImagePredictionLogger(args.num_samples, data.class_names), StopAtBatchEnd()]
     if trainer.loggers:
         trainer.callbacks.append(LearningRateMonitor("step"))
-    status, error = 1, None
+    status, error, handlers = 1, None, {}
     try:
         trainer.fit(model, data, ckpt_path=args.ckpt_path, weights_only=True)
         best = trainer.checkpoint_callback.best_model_path
@@ -664,12 +664,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if best and wandb.run is not None:
             wandb.run.log_artifact(best, name=f"model-{wandb.run.id}", type="model", aliases=["best"])
         status = 0
-    except (NonFiniteLoss, OSError) as exception:
+    except (FloatingPointError, OSError) as exception:
         error = exception
     except SystemExit as exception:
         status = exception.code
         for number in (signal.SIGINT, signal.SIGTERM):  # launchers repeat them
-            signal.signal(number, signal.SIG_IGN)
+            handlers[number] = signal.signal(number, signal.SIG_IGN)
     finally:
         run = wandb.run
         if run is not None:
@@ -677,14 +677,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if run is not None:
         if error:
             print(f"train.py: error: {error}", file=sys.stderr)
-        can_resume = status and not isinstance(error, NonFiniteLoss)
+        can_resume = status and not isinstance(error, FloatingPointError)
         say_where_to_look(trainer, run, (sys.argv[1:] if argv is None else argv) if can_resume else None)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if status and trainer.local_rank == 0:  # Lightning kills rank zero, wherever it is, when another rank fails
         sys.exit(status)
 
 
 def say_where_to_look(trainer: pl.Trainer, run: wandb.Run, flags: Sequence[str] | None) -> None:
-    """Prints how to see the run and where the checkpoint is; with the flags of a run that was stopped, how to resume."""
+    """Prints how to see the run and where the checkpoint is; given the flags of a stopped run, how to resume it."""
     if not run.disabled:
         folder = os.path.relpath(Path(run.dir).parent)
         print(f"See the run: wandb leet {folder}" + ("" if run.offline else f"    or {run.url}"))
