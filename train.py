@@ -691,9 +691,11 @@ def say_where_to_look(trainer: pl.Trainer, run: wandb.Run, flags: Sequence[str] 
         folder = os.path.relpath(Path(run.dir).parent)
         print(f"See the run: wandb leet {folder}" + ("" if run.offline else f"    or {run.url}"))
         print(f"Upload it: wandb sync {folder}" if run.offline else f"If the upload was cut short: wandb sync {folder}")
-    checkpoints = sorted(Path(trainer.checkpoint_callback.dirpath or ".").glob("*.ckpt"), key=os.path.getmtime)
+    best = trainer.checkpoint_callback.best_model_path
+    folder = Path(trainer.checkpoint_callback.dirpath or Path(best).parent)
+    checkpoints = sorted(folder.glob("*.ckpt"), key=os.path.getmtime)
     if checkpoints:
-        print(f"Checkpoint: {os.path.relpath(trainer.checkpoint_callback.best_model_path or checkpoints[-1])}")
+        print(f"Checkpoint: {os.path.relpath(best or checkpoints[-1])}")
     if checkpoints and flags is not None:
         flags = shlex.join([*flags, "--ckpt_path", os.path.relpath(checkpoints[-1])])
         print(f"Resume it: WANDB_RUN_ID={run.id} python train.py {flags}")
