@@ -108,6 +108,13 @@ def digits():
     return data
 
 
+def probabilities_of(checkpoint, part):
+    """{index: the probabilities that a checkpoint's model gives this sample}"""
+    model = DigitClassifier.load_from_checkpoint(checkpoint, weights_only=True).eval()
+    images, _, indices = part.__getitems__(range(len(part)))
+    return dict(zip(indices.tolist(), model(images).softmax(dim=1)))
+
+
 def run_script(*flags, folder=".", script=SCRIPT, **environment):
     """A process in a session of its own, in whose `folder` it works."""
     Path(folder).mkdir(exist_ok=True)
@@ -183,18 +190,16 @@ def test_examples_are_the_same_each_time_and_hardest_come_worst_first(healthy):
 
 def test_captions_charts_and_table_are_the_predictions_of_the_best_checkpoint(healthy):
     (best,) = healthy.folder.parents[1].glob("lightning-digits/*/checkpoints/epoch*.ckpt")
-    model = DigitClassifier.load_from_checkpoint(best, weights_only=True).eval()
-    assert model.hparams.num_samples == 100 and model.hparams.dataset == "digits"  # the whole command line
-    data = digits()
-    images, labels, indices = data.test.__getitems__(range(len(data.test)))
-    probabilities = model(images).softmax(dim=1)
-    expected = {i.item(): f"Pred: {p.argmax()} ({p.max():.0%}), Label: {label} (#{i})"
-                for p, label, i in zip(probabilities, labels, indices)}
+    hparams = torch.load(best, weights_only=True)["hyper_parameters"]
+    assert hparams["num_samples"] == 100 and hparams["dataset"] == "digits"  # the whole command line
+    test = digits().test
+    expected = {i: f"Pred: {p.argmax()} ({p.max():.0%}), Label: {test.labels[i]} (#{i})"
+                for i, p in probabilities_of(best, test).items()}
     assert all(caption == expected[index(caption)] for caption in healthy.captions("test/examples"))
     for row in healthy.table("test/predictions"):
         assert predicted_and_label(expected[row[0]]) == (row[3], row[2])
     counts = {(actual, predicted): n for actual, predicted, n in healthy.table("test/confusion_matrix_table")}
-    assert sum(counts.values()) == len(labels)
+    assert sum(counts.values()) == len(test)
     for name in "0123456789":
         actual = sum(n for (label, _), n in counts.items() if label == name)
         assert healthy.values(f"test/recall/{name}")[-1] == pytest.approx(counts[name, name] / actual)
@@ -444,18 +449,23 @@ def test_a_wrong_accuracy_is_contradicted_by_the_captions(monkeypatch):
         accuracy.update(logits, labels.roll(1))
         return logits
 
-    assert captions_contradict_accuracy(broken_run(monkeypatch, _evaluate=against_shifted_labels))
+    run = broken_run(monkeypatch, _evaluate=against_shifted_labels)
+    assert captions_contradict_accuracy(run)
+    assert run.values("val/accuracy")[-1] < 0.3 and run.values("val/recall/0")[-1] > 0.8  # the captions are right
 
 
 def test_shuffled_labels_cannot_be_learnt_and_do_not_fit_the_pictures(monkeypatch):
+    true = digits().val.labels
+    shuffled = true[torch.randperm(len(true))]
+
     def shuffle(data):
-        data.train.labels = data.val.labels = data.train.labels[torch.randperm(len(data.train.labels))]
+        data.train.labels = data.val.labels = shuffled
 
     run = broken_run(monkeypatch, shuffle)
     assert no_better_than_chance(run)
-    true = digits().val.labels
-    captions = run.captions("val/examples")
-    assert np.mean([str(true[index(c)].item()) == predicted_and_label(c)[1] for c in captions]) < 0.3
+    shown = {index(caption): int(predicted_and_label(caption)[1]) for caption in run.captions("val/examples")}
+    assert all(label == shuffled[i] for i, label in shown.items())
+    assert np.mean([label == true[i].item() for i, label in shown.items()]) < 0.3
 
 
 def test_flipped_labels_fill_the_top_of_hardest(monkeypatch):
@@ -592,6 +602,9 @@ def test_two_processes_stop_together(one_thread):
         assert output.strip().splitlines()[-1].startswith("Resume it: ")
         assert Run(folder).exit_code == [status]
         torch.load(last_checkpoint(folder).with_name("interrupted.ckpt"), weights_only=True)
+        val = digits().val
+        losses = [-p[val.labels[i]].log().item() for i, p in probabilities_of(last_checkpoint(folder), val).items()]
+        assert Run(folder).values("val/loss")[-1] == pytest.approx(np.mean(losses), rel=1e-3)  # both had one batch norm
     assert "Traceback" not in other_node.communicate(timeout=60)[0] and other_node.returncode == 143
 
 
@@ -612,14 +625,14 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights_bit_for_bit(healthy
 def test_a_full_disk_gets_one_line_and_the_last_checkpoint_is_intact(monkeypatch, capsys):
     """A limit on the size of files stands for the disk: the second epoch's checkpoint can't be written."""
     limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    start = DigitClassifier.on_validation_start
+    end = DigitClassifier.on_validation_epoch_end
 
-    def start_with_full_disk(self):
+    def end_with_full_disk(self):
         if self.current_epoch == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
-        start(self)
+        end(self)
 
-    monkeypatch.setattr(DigitClassifier, "on_validation_start", start_with_full_disk)
+    monkeypatch.setattr(DigitClassifier, "on_validation_epoch_end", end_with_full_disk)
     try:
         with pytest.raises(SystemExit) as stop:
             main([*DIGITS, "--max_epochs", "2"])

@@ -262,12 +262,6 @@ class DigitClassifier(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         self.log("train/accuracy", self.train_accuracy)
 
-    def on_validation_start(self) -> None:
-        # DDP makes the ranks' batch-norm statistics equal only when the next training step begins.
-        for buffer in self.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(self.trainer.strategy.reduce(buffer.clone(), reduce_op="mean"))
-
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         return self._evaluate(batch, self.val_accuracy, self.val_loss)
 
