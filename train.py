@@ -667,7 +667,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         run = wandb.run
         if run is not None:
-            run.finish(exit_code=status)
+            try:
+                run.finish(exit_code=status)
+            except OSError as exception:  # the disk is so full that W&B can't close its log
+                status, error = status or 1, error or exception
     if run is not None:
         if error:
             print(f"train.py: error: {error}", file=sys.stderr)
