@@ -1,44 +1,34 @@
-"""Each test proves a claim of the README on real parts: real training, real offline W&B runs, real processes.
+"""Each test proves a claim of the README on real parts: training, offline W&B runs, signals, processes."""
 
-No network, no MNIST: the digits are scikit-learn's, and the web servers are on 127.0.0.1.
-"""
-
-import contextlib
-import gzip
-import hashlib
-import http.server
 import json
 import os
 import pickle
 import re
-import resource
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 import wandb
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
-from pytorch_lightning.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, StackDataset, TensorDataset, random_split
 from torchvision.datasets import MNIST
 
 import train
-from train import Digits, DigitClassifier, DigitsDataModule, ImagePredictionLogger, UserError, main
+from train import DigitClassifier, DigitsDataModule, ImagePredictionLogger, load_dataset, main
 
 SCRIPT = Path(train.__file__)
 DIGITS = ["--dataset", "digits", "--accelerator", "cpu"]
-DDP = [*DIGITS, "--devices", "2", "--strategy", "ddp"]
-WANDB = str(Path(sys.executable).with_name("wandb"))
+KEY = "0123456789abcdef" * 2 + "01234567"
+HEALTHY = [*DIGITS, "--max_epochs", "2", "--num_samples", "100", "--lr", "0.01"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec")  # Lightning warns at each self.log
 
 
 @pytest.fixture(autouse=True)
@@ -48,733 +38,417 @@ def workplace(tmp_path, monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staging"))
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.chdir(tmp_path)
     yield
-    assert wandb.run is None
     wandb.teardown()  # it would go on in this folder
 
 
-@pytest.fixture
-def one_thread(monkeypatch):
-    """A thread for each process, where a test starts several at once."""
-    threads = torch.get_num_threads()
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def parse(caption):
+    prediction, label, index = re.match(r"Pred: (.+) \(.+%\), Label: (.+) \(#(\d+)\)$", caption).groups()
+    return prediction, label, int(index)
 
 
 class Run:
     """What is on disk of the newest run: its records as `wandb leet inspect` prints them, and its files."""
 
     def __init__(self, folder="."):
-        (self.folder,) = sorted(Path(folder).glob("wandb/*run-2*"))[-1:]
-        printed = subprocess.run([WANDB, "leet", "inspect", "--json", self.folder], capture_output=True, check=True)
-        self.records = [json.loads(line) for line in printed.stdout.splitlines()]
+        self.folder = sorted(Path(folder).absolute().glob("wandb/*run-2*"))[-1]
+        command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", self.folder]
+        printed = subprocess.run(command, capture_output=True, check=True).stdout
+        self.records = [json.loads(line) for line in printed.splitlines()]
         self.history = [record["history"]["item"] for record in self.records if record["type"] == "history"]
         self.exit_code = [record["exit"]["exit_code"] for record in self.records if record["type"] == "exit"]
 
-    def values(self, key):
-        return [row[key] for row in self.history if key in row]
+    def rows(self, key):
+        return [row for row in self.history if key in row]
 
-    def steps(self, key):
-        return [row["trainer/global_step"] for row in self.history if key in row]
-
-    def captions(self, key):
-        return self.values(f"{key}.captions")[-1]
+    def last(self, key):
+        return self.rows(key)[-1][key]
 
     def pictures(self, key):
-        """{data set's index: pixels uint8 (28, 28)}"""
-        files = self.values(f"{key}.filenames")[-1]
-        return {index(c): np.array(Image.open(self.folder / "files" / f)) for c, f in zip(self.captions(key), files)}
+        """{index: pixels uint8 (H, W)}"""
+        names, captions = self.last(f"{key}.filenames"), self.last(f"{key}.captions")
+        return {parse(c)[2]: np.array(Image.open(self.folder / "files" / n)) for c, n in zip(captions, names)}
 
-    def table(self, key):
-        return json.loads((self.folder / "files" / self.values(f"{key}.path")[-1]).read_text())["data"]
+    def confusion(self, key="val/confusion_matrix"):
+        """{(label, prediction): count}"""
+        table = json.loads((self.folder / "files" / self.last(f"{key}_table.path")).read_text())
+        return {(label, prediction): count for label, prediction, count in table["data"]}
 
+    def checkpoint(self, pattern="last.ckpt"):
+        folder = self.folder.parents[1] / "lightning-digits" / self.folder.name[-8:] / "checkpoints"
+        return str(next(folder.glob(pattern)))
 
-def index(caption):
-    return int(re.search(r"#(\d+)", caption)[1])
+    def classes_always_wrong(self):
+        return [name for name in "0123456789" if self.last(f"val/recall/{name}") == 0]
 
+    def captions_contradict_accuracy(self):
+        samples = [parse(caption) for caption in self.last("val/examples.captions")]
+        accuracy = np.mean([prediction == label for prediction, label, _ in samples])
+        return abs(accuracy - self.last("val/accuracy")) > 0.2
 
-def predicted_and_label(caption):
-    return re.match(r"Pred: (.+) \(.+%\), Label: (.+) \(#\d+\)$", caption).groups()
+    def labelled_5_but_surely_4(self):
+        top = [parse(caption) for caption in self.last("val/hardest.captions")[:5]]
+        return sorted(index for prediction, label, index in top if (prediction, label) == ("4", "5"))
 
-
-def digits():
-    data = DigitsDataModule("digits")
-    data.prepare_data()
-    return data
-
-
-def probabilities_of(checkpoint, part):
-    """{index: the probabilities that a checkpoint's model gives this sample}"""
-    model = DigitClassifier.load_from_checkpoint(checkpoint, weights_only=True).eval()
-    images, _, indices = part.__getitems__(range(len(part)))
-    return dict(zip(indices.tolist(), model(images).softmax(dim=1)))
-
-
-def run_script(*flags, folder=".", script=SCRIPT, **environment):
-    """A process in a session of its own, in whose `folder` it works."""
-    Path(folder).mkdir(exist_ok=True)
-    return subprocess.Popen([sys.executable, script, *flags], cwd=folder, env={**os.environ, **environment}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-
-
-def run_two_nodes(*flags, **how):
-    """The script as on two machines with one process each."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    return [run_script(*flags, NODE_RANK=rank, **address, **how) for rank in "01"]
-
-
-def finished(*processes):
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), outputs
-    return outputs
-
-
-def wait_for(condition, process):
-    while not (result := condition()):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    return result
-
-
-def last_checkpoint(folder="."):
-    return next(Path(folder).glob("lightning-digits/*/checkpoints/last.ckpt"), None)
-
-
-
-# ------------------------------------------------------------------------------------------------ a run and its logs
-
-
-HEALTHY = [*DIGITS, "--max_epochs", "2", "--num_samples", "100", "--lr", "0.01"]
+    def pictures_that_are_not_the_data_sets(self):
+        images = load_dataset("digits", "", train=True).tensors[0][:, 0].numpy()
+        return [i for i, pixels in self.pictures("val/examples").items() if (images[i] != pixels).any()]
 
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
     """Two epochs on scikit-learn's digits, with pictures of 100 of the 128 validation samples."""
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("healthy")
-        patch.chdir(folder)
+        patch.chdir(tmp_path_factory.mktemp("healthy"))
         patch.setenv("WANDB_MODE", "offline")
         main(HEALTHY)
         wandb.teardown()
-    return Run(folder)
+        return Run()
 
 
-def test_fast_dev_run_leaves_no_file():
+def interrupted(number, at_step):
+    """A training_step that sends a signal to the first of the processes."""
+    training_step = DigitClassifier.training_step
+
+    def interrupted_step(self, batch, batch_idx):
+        if self.global_step == at_step and self.global_rank == 0:
+            os.kill(os.getpid(), number)
+        return training_step(self, batch, batch_idx)
+
+    return interrupted_step
+
+
+@pytest.fixture(scope="module")
+def processes(healthy, tmp_path_factory):
+    """Three runs that go on beside the other tests: {folder: process}."""
+    two, resumed = ["--devices", "2", "--strategy", "ddp"], ["--ckpt_path", healthy.checkpoint()]
+    unreachable = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}
+    started = {}
+    for name, command, variables in [
+        ("tested", [SCRIPT, *HEALTHY, *two, *resumed], {}),
+        ("stopped", [__file__, *DIGITS, *two], {}),
+        ("unreachable", [SCRIPT, *DIGITS, "--max_epochs", "1"], unreachable),
+    ]:
+        folder = tmp_path_factory.mktemp(name)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent), **variables}
+        started[folder] = subprocess.Popen([sys.executable, *command], cwd=folder, env=environment, text=True,
+                                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return started
+
+
+def test_fast_dev_run_goes_through_the_callback_and_leaves_no_file(processes, monkeypatch):
     main(["--fast_dev_run"])
     assert list(Path().iterdir()) == []
+    monkeypatch.setattr(wandb.plot, "confusion_matrix", None)
+    with pytest.raises(TypeError):
+        main(["--fast_dev_run"])
 
 
-def test_metrics_pictures_and_charts_are_logged_over_one_axis(healthy):
-    assert healthy.exit_code == [0]
-    assert healthy.steps("val/examples.captions") == healthy.steps("val/recall/0") == [89, 178]  # no sanity check
-    assert healthy.steps("test/hardest.captions") == healthy.steps("test/accuracy") == [178]
-    assert {"train/loss", "train/accuracy", "lr-AdamW", "val/loss", "val/accuracy", "test/loss"} <= {
-        key for row in healthy.history for key in row if "trainer/global_step" in row}
-    assert healthy.values("test/accuracy")[-1] > 0.95
+def test_a_validation_is_one_row_and_a_healthy_one_raises_no_alarm(healthy):
+    first, second = healthy.rows("val/examples.captions")  # and none of the sanity check
+    keys = {"val/loss", "val/hardest.captions", "val/recall/0", "val/confusion_matrix_table.path"}
+    assert keys <= set(first) and keys <= set(second)
+    assert [row["trainer/global_step"] for row in (first, second)] == [88, 177]
+    examples = [parse(caption)[2] for caption in first["val/examples.captions"]]
+    assert examples == [parse(caption)[2] for caption in second["val/examples.captions"]]
+    assert len(set(examples)) == 100 and sorted(examples) != examples  # mixed, but always the same
+    assert healthy.rows("train/loss") and healthy.rows("train/accuracy") and healthy.rows("lr-AdamW")
+    assert healthy.last("test/accuracy") > 0.95 and healthy.exit_code == [0]
+    assert len(healthy.pictures("val/examples")) == 100 and not healthy.captions_contradict_accuracy()
+    assert not healthy.pictures_that_are_not_the_data_sets() and not healthy.labelled_5_but_surely_4()
+    assert not healthy.classes_always_wrong()
 
 
-def test_examples_are_the_same_each_time_and_hardest_come_worst_first(healthy):
-    first, second = healthy.values("val/examples.captions")
-    assert [index(caption) for caption in first] == [index(caption) for caption in second]
-    losses = [row[4] for row in healthy.table("test/predictions")]
-    assert len(losses) == 200 and losses == sorted(losses, reverse=True)
-    hardest = [row[0] for row in healthy.table("test/predictions")]
-    assert hardest[:100] == [index(caption) for caption in healthy.captions("test/hardest")]
+def test_panels_show_what_the_best_checkpoint_says_and_it_is_an_artifact(healthy):
+    best = healthy.checkpoint("epoch*")
+    model = DigitClassifier.load_from_checkpoint(best, weights_only=True).eval()
+    sets = random_split(load_dataset("digits", "", True), [1413, 128, 256], torch.Generator().manual_seed(0))
+    images, labels, indices = (torch.stack(column) for column in zip(*sets[2]))
+    logits = model(images)
+    confidences, predictions = logits.softmax(1).max(1)
+    hardest = F.cross_entropy(logits, labels, reduction="none").argsort(descending=True)[:20]
+    samples = zip(predictions.tolist(), confidences.tolist(), labels.tolist(), indices.tolist())
+    captions = [f"Pred: {p} ({confidence:.0%}), Label: {label} (#{i})" for p, confidence, label, i in samples]
+    assert healthy.last("test/hardest.captions")[:20] == [captions[position] for position in hardest]
+    assert set(healthy.last("test/examples.captions")) <= set(captions)
+    for (label, prediction), count in healthy.confusion("test/confusion_matrix").items():
+        has_label, has_prediction = labels == int(label), predictions == int(prediction)
+        assert count == (has_label & has_prediction).sum()
+        if label == prediction:
+            assert healthy.last(f"test/recall/{label}") == pytest.approx(count / has_label.sum().item())
+    configs = [record["config"].get("update", {}) for record in healthy.records if "config" in record]
+    assert model.hparams["lr"] == 0.01 and any(model.hparams.items() <= config.items() for config in configs)
+    (models,) = [r["artifact"] for r in healthy.records if "best" in r.get("artifact", {}).get("aliases", [])]
+    assert models["manifest"]["contents"][0]["path"] == Path(best).name
 
 
-def test_captions_charts_and_table_are_the_predictions_of_the_best_checkpoint(healthy):
-    (best,) = healthy.folder.parents[1].glob("lightning-digits/*/checkpoints/epoch*.ckpt")
-    hparams = torch.load(best, weights_only=True)["hyper_parameters"]
-    assert hparams["num_samples"] == 100 and hparams["dataset"] == "digits"  # the whole command line
-    test = digits().test
-    expected = {i: f"Pred: {p.argmax()} ({p.max():.0%}), Label: {test.labels[i]} (#{i})"
-                for i, p in probabilities_of(best, test).items()}
-    assert all(caption == expected[index(caption)] for caption in healthy.captions("test/examples"))
-    for row in healthy.table("test/predictions"):
-        assert predicted_and_label(expected[row[0]]) == (row[3], row[2])
-    counts = {(actual, predicted): n for actual, predicted, n in healthy.table("test/confusion_matrix_table")}
-    assert sum(counts.values()) == len(test)
-    for name in "0123456789":
-        actual = sum(n for (label, _), n in counts.items() if label == name)
-        assert healthy.values(f"test/recall/{name}")[-1] == pytest.approx(counts[name, name] / actual)
-
-
-def test_the_config_and_the_best_checkpoint_are_in_the_run(healthy):
-    artifacts = [record["artifact"] for record in healthy.records if record["type"] == "artifact"]
-    assert any(artifact["type"] == "model" and "best" in artifact["aliases"] for artifact in artifacts)
-    config = {}
-    for record in healthy.records:
-        config |= record.get("config", {}).get("update", {})
-    assert config["lr"] == 0.01 and config["max_epochs"] == 2 and config["seed"] == 0
-
-
-def test_the_split_is_the_same_whatever_the_seed_and_proportional():
-    one, other = DigitsDataModule("digits", seed=0), DigitsDataModule("digits", seed=1)
-    one.prepare_data(), other.prepare_data()
-    assert one.val.indices.equal(other.val.indices) and (len(one.val), len(one.test)) == (128, 257)
-    parts = [set(part.indices.tolist()) for part in (one.train, one.val, one.test)]
-    assert not parts[0] & parts[1] and not parts[1] & parts[2] and len(set.union(*parts)) == 1797
-
-
-class ThroughFit(pl.Trainer):
-    def __init__(self, logger, callback):
-        super().__init__(accelerator="cpu", max_epochs=1, logger=logger, callbacks=[callback], limit_train_batches=2,
-                         enable_progress_bar=False, enable_checkpointing=False)
-        self.fit(DigitClassifier(), digits())
-
-
-def test_any_media_can_be_logged():
-    logger = pl.loggers.WandbLogger(project="media")
-    ThroughFit(logger, ImagePredictionLogger(3, to_media=lambda pixels, caption: wandb.Html(f"<p>{caption}</p>")))
-    wandb.finish()
-    (row,) = [row for row in Run().history if "val/examples._type" in row]
-    assert "html" in row["val/examples._type"] and row["val/examples.count"] == 3
-
-
-def test_another_logger_is_left_alone_and_told_once():
-    callback = ImagePredictionLogger()
-    with pytest.warns(UserWarning, match="no WandbLogger"):
-        ThroughFit(CSVLogger("csv"), callback)
-    callback.setup(ThroughFit(CSVLogger("csv"), callback), None, "test")
-    assert callback.warned and not list(Path().glob("**/*.png"))
-
-
-def test_what_the_callback_keeps_does_not_grow_with_the_set():
-    kept = []
-
-    class Weighed(ImagePredictionLogger):
-        def _log(self, *args):
-            kept.append(sum(t.untyped_storage().nbytes() for group in self.kept.values() for t in group.values()))
-            super()._log(*args)
-
-    for times in (1, 10):
-        data = digits()
-        data.val.indices = data.val.indices.repeat(times)
-        logger = pl.loggers.WandbLogger(project="set", save_dir=f"{times} times")
-        trainer = pl.Trainer(accelerator="cpu", logger=logger, callbacks=[Weighed()], enable_progress_bar=False)
-        trainer.validate(DigitClassifier(), data, verbose=False)
-        wandb.finish()
-        assert sum(n for *_, n in Run(f"{times} times").table("val/confusion_matrix_table")) == 128 * times
-    assert kept[0] == kept[1] > 0
-
-
-def test_the_plain_callback_of_the_web_logs_black_pictures_and_ours_does_not():
-    floats = torch.linspace(0, 1, 784).reshape(1, 28, 28)
-    logged = lambda picture: np.array(Image.open(picture._path))
-    assert logged(wandb.Image(floats)).max() <= 1  # what the widely copied callback gets
-    pixels = (floats * 255).round().to(torch.uint8)
-    for picture in (train.exact_image(floats, ""), train.exact_image(pixels, "")):
-        assert np.array_equal(logged(picture), pixels[0].numpy())
-
-
-# ------------------------------------------------------------------------------------------------------ the data set
-
-
-def write_mnist(folder, n=48, **damage):
-    """A set of four files in MNIST's format; `damage` replaces a file's bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
-    for part in ("train", "t10k"):
-        images = random.integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        labels = np.arange(n, dtype=np.uint8) % 10
-        header = b"\0\0\x08\x03" + b"".join(size.to_bytes(4, "big") for size in images.shape)
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + n.to_bytes(4, "big") + labels.tobytes())
-    return folder
-
-
-@contextlib.contextmanager
-def web_server(answer):
-    """`answer(handler)` is called for each GET."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            with contextlib.suppress(ConnectionError):
-                answer(self)
-
-        do_POST = do_GET
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def mirror(tmp_path, monkeypatch):
-    """Puts a server with a small MNIST in the place of torchvision's mirrors; yields its files, to be spoiled."""
-    raw = write_mnist(tmp_path / "mirror")
-    files = {f"/{file.name}.gz": gzip.compress(file.read_bytes()) for file in raw.iterdir()}
-    resources = [(name[1:], hashlib.md5(content).hexdigest()) for name, content in files.items()]
-
-    def answer(handler):
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(files[handler.path])))
-        handler.end_headers()
-        handler.wfile.write(files[handler.path][: files.get("cut")])
-
-    with web_server(answer) as address:
-        monkeypatch.setattr(MNIST, "mirrors", [address])
-        monkeypatch.setattr(MNIST, "resources", resources)
-        yield files
-
-
-def test_mnist_is_downloaded_where_it_is_missing(mirror, tmp_path):
-    data = DigitsDataModule(data_dir="data")
+def test_where_mnist_cannot_be_had_digits_take_its_place_but_damage_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    data = DigitsDataModule(None, "data", 128)
     data.prepare_data()
-    data.setup()
-    assert data.dataset == "mnist" and (len(data.train), len(data.val), len(data.test)) == (44, 4, 48)
-    assert {file.name for file in Path("data/MNIST/raw").iterdir()} == {f.name for f in (tmp_path / "mirror").iterdir()}
-    images, labels, indices = data.val.__getitems__([0, 1])
-    assert (images.dtype, images.shape, labels.dtype) == (torch.uint8, (2, 1, 28, 28), torch.int64)
+    assert data.dataset == "digits" and "No MNIST in data" in capsys.readouterr().out
+    assert "mnist in data" in refused(capsys, "--dataset", "mnist")
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        Path(f"data/MNIST/raw/{name}-ubyte").write_bytes(b"\0\0\x08\x03 damaged")
+    assert "mnist in data is damaged" in refused(capsys)
 
 
-@pytest.mark.parametrize("stall", [False, True])
-def test_a_download_that_breaks_off_leaves_nothing_and_digits_take_its_place(mirror, monkeypatch, capsys, stall):
-    mirror["cut"] = 100
-    if stall:
-        listener = socket.create_server(("127.0.0.1", 0))  # it takes connections and never answers
-        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{listener.getsockname()[1]}/"])
-        monkeypatch.setattr(DigitsDataModule._download, "__defaults__", (1,))
-    data = DigitsDataModule(data_dir="data")
-    data.prepare_data()
-    assert data.dataset == "digits" and not [file for file in Path("data").rglob("*") if file.is_file()]
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "MNIST is not in data" in line and "put its four files into" in line
-    with pytest.raises(UserError, match="mnist is not in --data_dir data"):
-        DigitsDataModule("mnist", "data").prepare_data()
+def broken_run(monkeypatch, spoil_data=lambda data: None):
+    setup = DigitsDataModule.setup
 
+    def setup_and_spoil(self, stage):
+        setup(self, stage)
+        spoil_data(self)
 
-@given(which=st.integers(0, 3), cut=st.integers(0, 47), flip=st.none() | st.integers(1, 255), byte=st.integers(0, 7))
-@settings(max_examples=60, deadline=None)
-def test_a_damaged_file_is_named(tmp_path_factory, which, cut, flip, byte):
-    """Truncated anywhere, or with another number in its magic or its count."""
-    raw = write_mnist(tmp_path_factory.mktemp("data") / "MNIST" / "raw")
-    file = DigitsDataModule(data_dir=raw.parents[1])._files("mnist")[which]
-    content = bytearray(file.read_bytes())
-    if flip is None:
-        content = content[:cut]
-    elif byte < 2:
-        content[0] ^= flip
-    else:
-        content[byte] ^= flip
-    file.write_bytes(content)
-    data = DigitsDataModule("mnist", raw.parents[1])
-    with pytest.raises(UserError) as error:
-        data.prepare_data()
-    pair = file.name.split("-")[0]  # that a count differs can be seen in the labels' file alone
-    assert f"{pair}-" in str(error.value) and "delete it" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_label_outside_0_to_9_is_named(tmp_path):
-    labels = write_mnist(tmp_path / "MNIST" / "raw") / "t10k-labels-idx1-ubyte"
-    labels.write_bytes(labels.read_bytes()[:-1] + b"\x0a")
-    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte is damaged .* delete it"):
-        DigitsDataModule("mnist", tmp_path).prepare_data()
-
-
-# --------------------------------------------------------------------------------- what the dashboard was made to show
-
-
-def classes_always_wrong(run):
-    return [name for name in "0123456789" if run.values(f"val/recall/{name}")[-1] == 0]
-
-
-def captions_contradict_accuracy(run):
-    pairs = [predicted_and_label(caption) for caption in run.captions("val/examples")]
-    return abs(np.mean([p == label for p, label in pairs]) - run.values("val/accuracy")[-1]) > 0.2
-
-
-def no_better_than_chance(run):
-    return run.values("val/accuracy")[-1] < 0.25
-
-
-def labelled_5_but_surely_4(run):
-    top = run.captions("val/hardest")[:5]
-    return [index(caption) for caption in top if predicted_and_label(caption) == ("4", "5")]
-
-
-def pictures_that_are_not_the_data_sets(run):
-    images = digits().val.images
-    return [i for i, pixels in run.pictures("val/examples").items() if not np.array_equal(images[i, 0].numpy(), pixels)]
-
-
-def test_a_healthy_run_raises_no_alarm(healthy):
-    assert classes_always_wrong(healthy) == labelled_5_but_surely_4(healthy) == []
-    assert not captions_contradict_accuracy(healthy) and not no_better_than_chance(healthy)
-    assert len(healthy.pictures("val/examples")) == 100 and pictures_that_are_not_the_data_sets(healthy) == []
-
-
-def broken_run(monkeypatch, spoil_data=None, **spoiled_methods):
-    load = DigitsDataModule._load
-
-    def load_and_spoil(self):
-        load(self)
-        if spoil_data:
-            spoil_data(self)
-
-    monkeypatch.setattr(DigitsDataModule, "_load", load_and_spoil)
-    for name, method in spoiled_methods.items():
-        monkeypatch.setattr(DigitClassifier, name, method)
+    monkeypatch.setattr(DigitsDataModule, "setup", setup_and_spoil)
     main([*DIGITS, "--max_epochs", "1", "--num_samples", "100", "--lr", "0.01"])
     return Run()
 
 
 def test_a_class_that_is_always_wrong_is_a_recall_of_zero(monkeypatch):
     def train_without_fours(data):
-        data.train.indices = data.train.indices[data.train.labels[data.train.indices] != 4]
+        labels = data.train.dataset.tensors[1]
+        data.train.indices = [i for i in data.train.indices if labels[i] != 4]
 
     run = broken_run(monkeypatch, train_without_fours)
-    losses = run.values("train/loss")
-    assert losses[-1] < losses[0] / 5 and run.values("val/accuracy")[-1] > 0.8  # all looks fine, but
-    assert classes_always_wrong(run) == ["4"]
-    assert not [n for actual, predicted, n in run.table("val/confusion_matrix_table") if predicted == "4" and n]
+    losses = [row["train/loss"] for row in run.rows("train/loss")]
+    assert losses[-1] < losses[0] / 5 and run.last("val/accuracy") > 0.8  # all looks fine, but
+    assert run.classes_always_wrong() == ["4"]
+    assert not any(count for (_, prediction), count in run.confusion().items() if prediction == "4")
 
 
 def test_a_wrong_accuracy_is_contradicted_by_the_captions(monkeypatch):
-    def against_shifted_labels(self, batch, accuracy, loss, evaluate=DigitClassifier._evaluate):
-        images, labels, indices = batch
-        logits = evaluate(self, batch, train.MulticlassAccuracy(10), loss)
-        accuracy.update(logits, labels.roll(1))
-        return logits
-
-    run = broken_run(monkeypatch, _evaluate=against_shifted_labels)
-    assert captions_contradict_accuracy(run)
-    assert run.values("val/accuracy")[-1] < 0.3 and run.values("val/recall/0")[-1] > 0.8  # the captions are right
+    accuracy = train.multiclass_accuracy
+    monkeypatch.setattr(train, "multiclass_accuracy", lambda p, y, **flags: accuracy(p, y.roll(1), **flags))
+    run = broken_run(monkeypatch)
+    assert run.captions_contradict_accuracy()
+    assert run.last("val/accuracy") < 0.3 and run.last("val/recall/0") > 0.8  # the captions are right
 
 
 def test_shuffled_labels_cannot_be_learnt_and_do_not_fit_the_pictures(monkeypatch):
-    true = digits().val.labels
+    true = load_dataset("digits", "", train=True).tensors[1]
     shuffled = true[torch.randperm(len(true))]
-
-    def shuffle(data):
-        data.train.labels = data.val.labels = shuffled
-
-    run = broken_run(monkeypatch, shuffle)
-    assert no_better_than_chance(run)
-    shown = {index(caption): int(predicted_and_label(caption)[1]) for caption in run.captions("val/examples")}
-    assert all(label == shuffled[i] for i, label in shown.items())
-    assert np.mean([label == true[i].item() for i, label in shown.items()]) < 0.3
+    run = broken_run(monkeypatch, lambda data: data.train.dataset.tensors[1].copy_(shuffled))
+    assert run.last("val/accuracy") < 0.25
+    shown = [parse(caption)[1:] for caption in run.last("val/examples.captions")]
+    assert all(int(label) == shuffled[index] for label, index in shown)
+    assert np.mean([int(label) == true[index] for label, index in shown]) < 0.3
 
 
 def test_flipped_labels_fill_the_top_of_hardest(monkeypatch):
-    def call_five_fours_five(data):
-        data.val.labels = data.val.labels.clone()
-        fours = data.val.indices[data.val.labels[data.val.indices] == 4][:5]
-        data.val.labels[fours] = 5
-        data.flipped = fours
+    flipped = []
 
-    run = broken_run(monkeypatch, call_five_fours_five)
-    assert sorted(labelled_5_but_surely_4(run)) == sorted(digits().flipped.tolist())
+    def call_five_fours_five(data):
+        labels = data.val.dataset.tensors[1]
+        flipped[:] = [i for i in data.val.indices if labels[i] == 4][:5]
+        labels[flipped] = 5
+
+    assert broken_run(monkeypatch, call_five_fours_five).labelled_5_but_surely_4() == sorted(flipped)
 
 
 @pytest.mark.parametrize("spoil", ["normalised twice", "transposed", "black"])
 def test_a_picture_shows_what_the_model_really_got(monkeypatch, spoil):
     forward = DigitClassifier.forward
-
-    def normalised_twice(self, images):
-        once = ((images.float() / 255 - self.MEAN) / self.STD)
-        return self.network((once / 255 - self.MEAN) / self.STD)
-
-    spoiled = {"normalised twice": normalised_twice, "transposed": lambda self, x: forward(self, x.transpose(2, 3)),
-               "black": lambda self, images: forward(self, images * 0)}[spoil]
-    run = broken_run(monkeypatch, forward=spoiled)
-    assert len(pictures_that_are_not_the_data_sets(run)) > 95
-    (i, pixels), *_ = run.pictures("val/examples").items()
-    assert spoil != "transposed" or np.array_equal(pixels.T, digits().val.images[i, 0].numpy())
-    assert spoil == "transposed" or pixels.max() - pixels.min() < 10
+    monkeypatch.setattr(DigitClassifier, "forward", {
+        "normalised twice": lambda self, images: forward(self, (images / 255 - self.MEAN) / self.STD),
+        "transposed": lambda self, images: forward(self, images.transpose(2, 3)),
+        "black": lambda self, images: forward(self, images * 0)}[spoil])
+    run = broken_run(monkeypatch)
+    assert len(run.pictures_that_are_not_the_data_sets()) > 95
+    (index, pixels), *_ = run.pictures("val/examples").items()
+    digit = load_dataset("digits", "", train=True)[index][0][0].numpy()
+    assert (pixels.T == digit).all() if spoil == "transposed" else pixels.max() < 10
 
 
-# ------------------------------------------------------------------------------------------------------ many devices
+IMAGES, LABELS = torch.rand(10, 1, 8, 8), torch.arange(10) % 3
+PAIRS, NORMALIZED = TensorDataset(IMAGES, LABELS), TensorDataset((IMAGES - 0.5) / 0.25, LABELS)
+DICTS, BINARY = StackDataset(image=IMAGES, label=LABELS), TensorDataset(IMAGES, (LABELS > 0).int()[:, None])
+TEXT, MAPS = TensorDataset(torch.randint(7, (10, 5)), LABELS), TensorDataset(IMAGES, IMAGES[:, 0].long())
 
 
-def evidence(run):
-    """All that is logged after the test, but for the pictures' names; probabilities rounded."""
-    captions = run.captions("test/examples"), run.captions("test/hardest")
-    rows = run.table("test/predictions")
-    table = [[row[0], row[2], row[3], *(round(number, 3) for number in row[4:])] for row in rows]
-    recalls = [run.values(f"test/recall/{name}") for name in "0123456789"]
-    return captions, table, recalls, run.table("test/confusion_matrix_table"), run.values("test/accuracy")
+def net(classes=3):
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, classes))
 
 
-def test_two_processes_and_two_nodes_log_what_one_does(healthy, one_thread):
-    checkpoint = ["--ckpt_path", str(last_checkpoint(healthy.folder.parents[1]))]
-    processes = run_script(*HEALTHY, *checkpoint, "--devices", "2", "--strategy", "ddp", folder="processes")
-    nodes = run_two_nodes(*HEALTHY, *checkpoint, "--devices", "1", "--num_nodes", "2", folder="nodes")
-    main([*HEALTHY, *checkpoint])
-    finished(processes, *nodes)
-    for folder in ("processes", "nodes"):
-        assert len(list(Path(folder).glob("wandb/*run-2*"))) == 1  # one run, not one a rank
-        for found, expected in zip(evidence(Run(folder)), evidence(Run())):
-            assert found == expected
+def validate(datasets, net, step=lambda module, batch: None, package="pytorch_lightning", **arguments):
+    """The run of a module of another project with the callback, which is copied out of train.py."""
+    source = SCRIPT.read_text().replace("pytorch_lightning", package)
+    imports, callback = source.index("import argparse"), source.index("class ImagePredictionLogger")
+    names = {}
+    exec(source[imports:source.index("# ---")] + source[callback:source.index("# ---", callback)], names)
+
+    class Module(names["pl"].LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, inputs):
+            return self.net(inputs)
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.log("val_loss", float(batch_idx))
+            return step(self, batch)
+
+    trainer = names["pl"].Trainer(
+        accelerator="cpu", logger=names["WandbLogger"](project="other"), enable_progress_bar=False,
+        callbacks=[names["ImagePredictionLogger"](4, **arguments)])
+    try:
+        trainer.validate(Module(), [DataLoader(dataset, 4) for dataset in datasets], verbose=False)
+    finally:
+        wandb.finish()
+    return Run()
 
 
-FOREIGN_PROJECT = """
-import pytorch_lightning as pl, torch, wandb
-from torch.utils.data import DataLoader, TensorDataset
-from train import ImagePredictionLogger
-
-class Model(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(4, 3)
-    def validation_step(self, batch, batch_idx):
-        return self.layer(batch[0])
-
-if __name__ == "__main__":
-    for n in (5, 1):
-        torch.manual_seed(0)
-        data = TensorDataset(torch.rand(n, 4), torch.arange(n) % 3, torch.arange(n))
-        logger = pl.loggers.WandbLogger(project="foreign")
-        callback = ImagePredictionLogger(4, to_media=lambda sample, caption: wandb.Html(caption))
-        callback.on_validation_epoch_end = lambda trainer, module: callback._log(trainer, module, "val")
-        trainer = pl.Trainer(accelerator="cpu", devices=1, num_nodes=2, strategy="ddp", logger=logger,
-                             callbacks=[callback], enable_progress_bar=False, enable_model_summary=False)
-        trainer.validate(Model(), [DataLoader(data, batch_size=2)] if n == 5 else DataLoader(data), verbose=False)
-        if trainer.is_global_zero:
-            wandb.finish()
-"""
+@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
+@pytest.mark.parametrize("dataset, net, step, arguments", [
+    (PAIRS, net(), lambda module, batch: None, {}),
+    (PAIRS, net(), lambda module, batch: module.forward(batch[0]).mean(), {}),
+    (DICTS, net(), lambda module, batch: {"logits": module.net(batch["image"])},
+     {"unpack": lambda batch: (batch["image"], batch["label"])}),
+    (NORMALIZED, net(), lambda module, batch: None, {"mean": [0.5], "std": [0.25]}),
+    (BINARY, net(1), lambda module, batch: module(batch[0]), {}),
+], ids=["nothing", "forward", "dict", "normalized", "one logit"])
+def test_the_copied_callback_shows_what_other_modules_do(package, dataset, net, step, arguments):
+    pytest.importorskip(package)
+    run = validate([dataset], net, step, package, **arguments)
+    assert sum(run.confusion().values()) == 10 and "val_loss" in run.rows("val/hardest.captions")[0]
+    assert len(run.pictures("val/hardest")) == 4
+    for i, pixels in run.pictures("val/hardest").items():
+        assert (pixels == (IMAGES[i, 0] * 255).round().byte().numpy()).all()
 
 
-def test_where_a_sampler_pads_with_duplicates_each_sample_counts_once(one_thread):
-    Path("foreign.py").write_text(FOREIGN_PROJECT)
-    finished(*run_two_nodes(script="foreign.py", PYTHONPATH=str(SCRIPT.parent)))
-    tables = [json.loads(file.read_text())["data"] for file in Path().glob("wandb/*run-2*/files/media/table/val/*")]
-    assert sorted(sum(n for *_, n in table) for table in tables) == [1, 5]
+def test_floats_beyond_0_to_1_are_stretched_with_a_warning():
+    with pytest.warns(UserWarning, match="ImagePredictionLogger stretches .* give mean and std"):
+        run = validate([NORMALIZED], net())
+    assert all(pixels.min() == 0 and pixels.max() == 255 for pixels in run.pictures("val/hardest").values())
 
 
-# --------------------------------------------------------------------------------------------- interrupted and resumed
+def test_two_loaders_of_text():
+    run = validate([TEXT, TEXT], nn.EmbeddingBag(7, 3), to_media=lambda tokens, caption: wandb.Html(caption))
+    (row,) = run.rows("val/hardest.count")
+    assert row["val/hardest.count"] == row["val/hardest/dataloader_idx_1.count"] == 4
+    assert any("Pred: " in page.read_text() for page in run.folder.rglob("*.html"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_checkpoint_and_the_command_that_resumes(monkeypatch, capsys, number):
-    training_step = DigitClassifier.training_step
+@pytest.mark.parametrize("dataset, net, names, message", [
+    (MAPS, nn.Conv2d(1, 3, 1), None, "logits"), (TEXT, nn.EmbeddingBag(7, 3), None, "give to_media"),
+    (PAIRS, net(), ["a", "b"], "3 classes"), (TensorDataset(IMAGES, IMAGES[:, 0, 0]), net(), None, "labels"),
+    (TensorDataset(IMAGES, LABELS + 1), net(), None, "Target 3 is out of bounds"),
+], ids=["map", "no picture", "names", "soft", "outside"])
+def test_what_cannot_be_shown_is_an_error(dataset, net, names, message):
+    with pytest.raises(ValueError, match=f"^ImagePredictionLogger .*{message}"):
+        validate([dataset], net, class_names=names)
 
-    def interrupted_step(self, batch, batch_idx):
-        if self.global_step == 120:
-            os.kill(os.getpid(), number)
-        return training_step(self, batch, batch_idx)
 
+def test_without_wandb_it_says_so_and_it_keeps_the_pictures_of_few_samples():
+    callback = ImagePredictionLogger(mean=DigitClassifier.MEAN, std=DigitClassifier.STD)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[callback], enable_progress_bar=False)
+    loader = DataLoader(load_dataset("digits", "", train=True), 128)
+    with pytest.warns(UserWarning, match="no WandbLogger"):
+        trainer.validate(DigitClassifier(), loader, verbose=False)
+    assert 32 <= len(callback.pictures) <= 64
+    assert {picture.untyped_storage().nbytes() for picture in callback.pictures.values()} == {28 * 28}
+
+
+def test_an_interrupted_run_is_resumed_by_its_last_line_and_for_more_epochs(monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(DigitClassifier, "training_step", interrupted_step)
+        patch.setattr(DigitClassifier, "training_step", interrupted(signal.SIGINT, at_step=120))
         main([*DIGITS, "--max_epochs", "2"])
-    assert stop.value.code == 128 + number
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a notebook can go on
     stopped = Run()
-    assert stopped.exit_code == [128 + number]
+    assert stop.value.code == 130 and stopped.exit_code == [130]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a notebook can go on
     last_line = capsys.readouterr().out.strip().splitlines()[-1]
-    run_id, *command = shlex.split(last_line.removeprefix("Resume it: "))
-    assert command[:2] == ["python", "train.py"] and command[-1].endswith("interrupted.ckpt")
-    if number == signal.SIGTERM:
-        return  # a checkpoint is a checkpoint: to resume once is enough
+    run_id, python, script, *flags = shlex.split(last_line.removeprefix("Resume it: "))
+    assert (python, script) == ("python", "train.py")
     wandb.teardown()  # which has read the environment
     monkeypatch.setenv(*run_id.split("="))
-    main(command[2:])
+    main([*flags, "--max_epochs", "3"])
     resumed = Run()
-    assert resumed.folder.name.endswith(stopped.folder.name[-8:]) and resumed.exit_code == [0]
-    steps = stopped.steps("train/loss") + resumed.steps("train/loss")
-    assert len(set(steps)) == len(steps) and resumed.steps("test/accuracy") == [178]
+    assert resumed.folder.name[-8:] == stopped.folder.name[-8:] and resumed.exit_code == [0]
+    steps = [row["trainer/global_step"] for row in stopped.rows("train/loss") + resumed.rows("train/loss")]
+    assert len(set(steps)) == len(steps) and resumed.rows("test/accuracy")[0]["trainer/global_step"] == 267
+    checkpoint, row = torch.load(resumed.checkpoint(), weights_only=True), resumed.rows("lr-AdamW")[-1]
+    assert checkpoint["epoch"] == 2 and checkpoint["optimizer_states"][0]["state"][0]["step"] == 267
+    assert row["lr-AdamW"] == pytest.approx(0.02 * (267 - row["trainer/global_step"]) / (0.7 * 267))
 
 
-def test_two_processes_stop_together(one_thread):
-    """Ctrl+C reaches both processes of a machine; SIGTERM here only the first of two machines."""
-    flags = [*DIGITS, "--strategy", "ddp", "--max_epochs", "1000"]
-    interrupted = run_script(*flags, "--devices", "2", folder="SIGINT")
-    terminated, other_node = run_two_nodes(*flags, "--devices", "1", "--num_nodes", "2", folder="SIGTERM")
-    wait_for(lambda: last_checkpoint("SIGTERM"), terminated)
-    terminated.terminate()
-    wait_for(lambda: last_checkpoint("SIGINT"), interrupted)
-    os.killpg(interrupted.pid, signal.SIGINT)
-    for process, folder, status in ((interrupted, "SIGINT", 130), (terminated, "SIGTERM", 143)):
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == status and "Traceback" not in output
-        assert output.strip().splitlines()[-1].startswith("Resume it: ")
-        assert Run(folder).exit_code == [status]
-        torch.load(last_checkpoint(folder).with_name("interrupted.ckpt"), weights_only=True)
-        val = digits().val
-        losses = [-p[val.labels[i]].log().item() for i, p in probabilities_of(last_checkpoint(folder), val).items()]
-        assert Run(folder).values("val/loss")[-1] == pytest.approx(np.mean(losses), rel=1e-3)  # both had one batch norm
-    assert "Traceback" not in other_node.communicate(timeout=60)[0] and other_node.returncode == 143
+def test_a_run_that_broke_is_resumed_bit_for_bit(healthy, monkeypatch):
+    def break_in_the_second_epoch(self):
+        assert self.current_epoch == 0
+
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr(DigitClassifier, "on_train_epoch_start", break_in_the_second_epoch)
+        main(HEALTHY)
+    broken = Run()
+    assert broken.exit_code == [1]
+    main([*HEALTHY, "--ckpt_path", broken.checkpoint()])
+    resumed, expected = (torch.load(run.checkpoint(), weights_only=True) for run in (Run(), healthy))
+    for name, weight in expected["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], weight)
 
 
-def test_a_run_killed_and_resumed_ends_with_the_same_weights_bit_for_bit(healthy):
-    process = run_script(*HEALTHY)
-    killed = wait_for(last_checkpoint, process)
-    process.kill()
-    process.communicate()
-    for file in killed.parent.glob("*.ckpt"):  # no half-written one
-        assert torch.load(file, weights_only=True)["epoch"] == 0
-    main([*HEALTHY, "--ckpt_path", str(killed)])
-    _, resumed = sorted(Path().glob("lightning-digits/*/checkpoints/last.ckpt"), key=os.path.getmtime)
-    files = resumed, last_checkpoint(healthy.folder.parents[1])
-    weights = [torch.load(file, weights_only=True)["state_dict"] for file in files]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
-
-
-def test_a_full_disk_gets_one_line_and_the_last_checkpoint_is_intact(monkeypatch, capsys):
-    """A limit on the size of files stands for the disk: the second epoch's checkpoint can't be written."""
-    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    end = DigitClassifier.on_validation_epoch_end
-
-    def end_with_full_disk(self):
-        if self.current_epoch == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
-        end(self)
-
-    monkeypatch.setattr(DigitClassifier, "on_validation_epoch_end", end_with_full_disk)
-    try:
-        with pytest.raises(SystemExit) as stop:
-            main([*DIGITS, "--max_epochs", "2"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
-    printed = capsys.readouterr()
-    assert stop.value.code == 1 and "error: [Errno 27] File too large" in printed.err
-    assert "Traceback" not in printed.err and "Resume it: " in printed.out
-    assert Run().exit_code == [1] and torch.load(last_checkpoint(), weights_only=True)["epoch"] == 0
-    assert all(file.suffix == ".ckpt" for file in last_checkpoint().parent.iterdir())
-
-
-def test_a_checkpoint_is_there_whole_or_not_at_all(tmp_path):
-    file = tmp_path / "a.ckpt"
-    train.AtomicCheckpointIO().save_checkpoint({"good": 1}, file)
-    with pytest.raises(Exception):
-        train.AtomicCheckpointIO().save_checkpoint({"bad": lambda: None}, file)
-    assert torch.load(file, weights_only=True) == {"good": 1} and [f.name for f in tmp_path.glob("a*")] == ["a.ckpt"]
-
-
-def test_a_loss_that_is_not_finite_fails_the_run_and_shows_the_batch(capsys):
-    with pytest.raises(SystemExit) as stop:
+def test_a_loss_that_is_not_finite_fails_the_run():
+    with pytest.raises(FloatingPointError, match="not finite at step"):
         main([*DIGITS, "--lr", "1e30"])
-    assert stop.value.code == 1 and "the loss is not finite at step" in capsys.readouterr().err
-    run = Run()
-    assert run.exit_code == [1] and len(run.captions("train/last_batch")) == 32
-
-
-# -------------------------------------------------------------------------------------------------------- the tracker
-
-
-def start_a_run(handler):
-    """As much of W&B's server as a run needs to be online."""
-    body = handler.rfile.read(int(handler.headers["Content-Length"] or 0)).decode(errors="ignore")
-    name = re.search('"name":"(.{8})"', body)
-    name = name and name[1]
-    project = {"id": "1", "name": "lightning-digits", "entity": {"id": "1", "name": "me"}}
-    answers = {
-        "query Viewer": {"data": {"viewer": {"id": "1", "entity": "me", "username": "me", "teams": {"edges": []}}}},
-        "RunResumeStatus": {"data": {"model": None}},
-        "upsertBucket": {"data": {"upsertBucket": {"inserted": True, "bucket": {
-            "id": "1", "name": name, "displayName": "1", "config": "{}", "project": project, "historyLineCount": 0}}}},
-        "files": {"limits": {}},
-    }
-    answer = next((answer for name, answer in answers.items() if name in body), {"errors": [{"message": "not here"}]})
-    content = json.dumps(answer).encode()
-    handler.send_response(200)
-    handler.send_header("Content-Type", "application/json")
-    handler.send_header("Content-Length", str(len(content)))
-    handler.end_headers()
-    handler.wfile.write(content)
-
-
-def test_no_failure_of_the_tracker_stops_the_training(monkeypatch, capsys, one_thread):
-    key = "0123456789abcdef" * 2 + "01234567"
-    flags = [*DIGITS, "--max_epochs"]
-    monkeypatch.delenv("WANDB_MODE")
-    for name, value in {"API_KEY": key, "HTTP_TIMEOUT": "1", "FINISH_TIMEOUT": "1"}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    outputs = {}
-    with web_server(start_a_run) as address:
-        process = run_script(*flags, "2", folder="goes away", WANDB_BASE_URL=address)
-        wait_for(lambda: last_checkpoint("goes away"), process)
-    with web_server(lambda handler: handler.send_error(500)) as failing, socket.create_server(("", 0)) as silent:
-        with socket.create_server(("127.0.0.1", 0)) as closed:
-            port = {"refuses": closed.getsockname()[1], "never answers": silent.getsockname()[1]}
-        for failure, address in {"fails": failing, **{f: f"http://127.0.0.1:{p}" for f, p in port.items()}}.items():
-            Path(failure).mkdir()
-            monkeypatch.setenv("WANDB_BASE_URL", address)
-            with contextlib.chdir(failure):
-                main([*flags, "1"])
-            wandb.teardown()  # which has read the environment
-            outputs[failure] = capsys.readouterr().out
-            assert len(re.findall("W&B can't be reached .* `wandb sync`", outputs[failure])) == 1
-    (outputs["goes away"],) = finished(process)
-    assert "offline" not in outputs["goes away"] and "wandb sync wandb/run-2" in outputs["goes away"]
-    for failure, output in outputs.items():
-        run = Run(failure)
-        assert run.exit_code == [0] and run.values("val/hardest.captions") and run.table("test/predictions")
-        (last,) = run.steps("test/accuracy")
-        assert run.steps("train/loss") == list(range(9, last, 10))
-        assert key not in output
-    assert not [file for file in Path().rglob("*") if file.is_file() and key.encode() in file.read_bytes()]
-
-
-# -------------------------------------------------------------------------------------------------------- wrong input
+    assert Run().exit_code == [1]
 
 
 def refused(capsys, *flags):
-    before = set(Path().rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        main(flags)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and line.startswith("train.py: error: ") and set(Path().rglob("*")) == before
+        main(["--accelerator", "cpu", *flags])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and line.startswith("train.py: error: ") and not list(Path().glob("wandb"))
     return line
 
 
-NUMBERS = ["--num_nodes", "--max_epochs", "--batch_size", "--lr", "--num_samples"]
-
-
-@pytest.mark.parametrize("flags", [
-    *([flag, wrong] for flag in NUMBERS for wrong in ("0", "-1", "nan", "inf", "x")),
-    *(["--seed", wrong] for wrong in ("-1", "x", "99999999999")), *(["--devices", wrong] for wrong in ("0", "-3", "x")),
-    ["--num_samples", "109"], ["--unknown"], ["--max_epoch", "1"], ["--gpus", "x"], ["--gpus", "-2"],
-    ["--gpus", "1", "--devices", "1"], ["--gpus", "0", "--accelerator", "cpu"], ["--strategy", "x"],
-    ["--precision", "x"], ["--accelerator", "x"], ["--dataset", "x"],
-], ids=" ".join)
+@pytest.mark.parametrize("flags", ["--lr nan", "--batch_size 0", "--max_epochs x", "--devices 0", "--gpus 99",
+                                   "--strategy x", "--precision x", "--dataset x", "--unknown"])
 def test_a_wrong_flag_gets_one_line(capsys, flags):
-    assert flags[0].lstrip("-").split("_")[0] in refused(capsys, *flags, *([] if "--accelerator" in flags or "--gpus" in
-                                                         flags else ["--accelerator", "cpu"])).lower()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpus_that_are_not_there_get_one_line(capsys):
-    assert "--gpus 0 trains on the CPU" in refused(capsys, "--gpus", "1")
-    trainer = train.make_trainer(train.make_parser().parse_args(["--gpus", "0"]))
-    assert isinstance(trainer.accelerator, pl.accelerators.CPUAccelerator)
-
-
-class Dangerous:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
+    assert flags.split()[0].strip("-s") in refused(capsys, *flags.split()).lower()
 
 
 def test_a_file_that_is_no_checkpoint_gets_one_line_and_is_not_executed(capsys):
-    other = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    other.strategy.connect(torch.nn.Linear(1, 1))
+    class Dangerous:
+        def __reduce__(self):
+            return os.mkdir, ("executed",)
+
     Path("pickle.ckpt").write_bytes(pickle.dumps(Dangerous()))
     torch.save({"state_dict": Dangerous()}, "dangerous.ckpt")
     torch.save({"state_dict": {"weight": torch.zeros(1)}}, "other.ckpt")
-    Path("garbage.ckpt").write_bytes(b"garbage")
-    for name in ("pickle.ckpt", "dangerous.ckpt", "other.ckpt", "garbage.ckpt", ".", "missing.ckpt"):
-        assert name in refused(capsys, *DIGITS, "--ckpt_path", name)
+    for name in ("pickle.ckpt", "dangerous.ckpt", "other.ckpt", ".", "missing.ckpt"):
+        assert f"--ckpt_path {name} " in refused(capsys, "--ckpt_path", name)
+    assert not Path("executed").exists()
 
 
-def test_a_data_dir_that_is_a_file_gets_one_line(capsys):
-    Path("file").write_text("")
-    assert "can't be written" in refused(capsys, "--accelerator", "cpu", "--data_dir", "file")
-    assert "can't be written" in refused(capsys, "--accelerator", "cpu", "--data_dir", "file/below")
+def test_two_processes_do_what_one_does(healthy, processes):
+    folder, process = list(processes.items())[0]
+    assert (process.communicate(timeout=120)[1], process.returncode) == (None, 0)
+    tested = Run(folder)
+    for key in ("test/examples.captions", "test/hardest.captions", "test/accuracy", "test/recall/3"):
+        assert tested.last(key) == healthy.last(key)
+    assert tested.confusion("test/confusion_matrix") == healthy.confusion("test/confusion_matrix")
+    assert len(list(folder.glob("wandb/*run-2*"))) == 1  # not one a rank
 
 
-def test_a_wandb_folder_that_cannot_be_written_gets_one_line(capsys, monkeypatch):
-    Path("file").write_text("")
-    monkeypatch.setenv("WANDB_DIR", str(Path("file").absolute()))
-    assert "set WANDB_DIR" in refused(capsys, *DIGITS)
+def test_two_processes_stop_together_and_count_each_sample_once(processes):
+    folder, process = list(processes.items())[1]
+    last_line, stopped = process.communicate(timeout=120)[0].strip().splitlines()[-1], Run(folder)
+    assert process.returncode == 143 and stopped.exit_code == [143] and last_line.startswith("Resume it: ")
+    assert torch.load(stopped.checkpoint(), weights_only=True)["global_step"] > 60
+    assert sum(stopped.confusion().values()) == 5  # a DistributedSampler deals out six
+
+
+def test_a_tracker_out_of_reach_does_not_stop_the_training(processes):
+    folder, process = list(processes.items())[2]
+    output, run = process.communicate(timeout=120)[0], Run(folder)
+    assert output.count("W&B can't be reached") == 1 and KEY not in output
+    assert process.returncode == 0 and run.exit_code == [0] and run.rows("test/hardest.captions")
+    assert not any(KEY.encode() in file.read_bytes() for file in folder.rglob("*") if file.is_file())
+
+
+if __name__ == "__main__":  # two processes, five samples without indices, and a signal for the first process
+    five = TensorDataset(*load_dataset("digits", "", train=True)[:5][:2], torch.rand(5))
+    DigitsDataModule.val_dataloader = lambda self: DataLoader(five, 2)
+    DigitClassifier.training_step = interrupted(signal.SIGTERM, at_step=60)
+    main()

@@ -1,704 +1,399 @@
 """Train a CNN on handwritten digits with PyTorch Lightning, and see in Weights & Biases what it gets wrong.
 
-    python train.py                                      # on whatever this machine has: CPU, GPU, TPU
-    python train.py --gpus 1 --precision bf16-mixed
-    python train.py --gpus 8 --num_nodes 2 --strategy ddp
-
-Read it from the top: it is in the order in which a batch meets it.
+    python train.py                                  # on whatever this machine has: CPU, GPU or TPU
+    python train.py --gpus 1 --precision bf16-mixed  # on one GPU
+    python train.py --gpus 8 --num_nodes 2           # on 16 GPUs of two machines
+    python train.py --fast_dev_run                   # one batch of everything; writes no file
+    wandb leet wandb/latest-run                      # look at the run, without an account
 """
 
 import argparse
-import logging
-import math
 import os
 import shlex
 import signal
 import sys
-import tempfile
-import threading
-import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
-
-# In seconds; by its own defaults, a W&B server that has gone would hold training up for minutes.
-for wait, seconds in {"HTTP": 5, "INIT": 15, "FINISH": 60}.items():
-    os.environ.setdefault(f"WANDB_{wait}_TIMEOUT", str(seconds))
-import wandb.apis.public  # before torch: wandb.init would import it, which takes a second longer among torch's modules
+from contextlib import suppress
+from operator import length_hint
+from random import Random
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+import wandb
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.plugins import TorchCheckpointIO
-from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.functional.classification import multiclass_confusion_matrix
-from torchvision.datasets import KMNIST, MNIST, FashionMNIST
-from torchvision.datasets.mnist import read_image_file, read_label_file
-from torchvision.transforms import RandomCrop
+from torch.utils.data import DataLoader, TensorDataset, random_split
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_recall
+from torchvision import datasets, transforms
 
-DATASETS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}
+# ----------------------------------------------------------------------------------------------------- data
+
+DATASETS = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}
 
 
-class UserError(Exception):
-    """What the user can mend: `main` answers with its one line and exit status 2."""
+def load_dataset(name: str, data_dir: str, train: bool) -> TensorDataset:
+    """Images uint8 (N, 1, 28, 28), labels int64 (N,), indices int64 (N,); downloads what is not there."""
+    if name == "digits":  # scikit-learn ships 1,797 of them, with 8 x 8 pixels from 0 to 16
+        from sklearn.datasets import load_digits
 
-
-class Digits(Dataset):
-    """The part `indices`, int64 (n,), of images, uint8 (N, 1, 28, 28), and labels, int64 (N,)."""
-
-    def __init__(self, images: Tensor, labels: Tensor, indices: Tensor) -> None:
-        self.images, self.labels, self.indices = images, labels, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitems__(self, positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """A batch is one index into each tensor, not a loop over items: images, labels and indices of the positions."""
-        indices = self.indices[torch.tensor(positions, dtype=torch.int64)]
-        return self.images[indices], self.labels[indices], indices
+        images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
+        images = F.interpolate(images.view(-1, 1, 8, 8) * (255 / 16), size=28, mode="bilinear").round().byte()
+    else:
+        dataset = DATASETS[name](data_dir, train, download=True)
+        images, labels = dataset.data[:, None], dataset.targets
+    return TensorDataset(images, labels, torch.arange(len(labels)))
 
 
 class DigitsDataModule(pl.LightningDataModule):
-    """MNIST or one of its siblings, or the 1,797 digits that scikit-learn ships: no file, no network.
+    """Batches of images uint8 (N, 1, 28, 28), labels int64 (N,) and the samples' indices int64 (N,)."""
 
-    The split is the same whatever the seed, so that the same validation digits can be compared between runs.
-
-    Args:
-        dataset: mnist, fashion-mnist, kmnist or digits; None: mnist, or digits where it can't be had.
-        data_dir: where torchvision keeps its data sets.
-        batch_size: samples per device and step.
-        seed: of the training order.
-        download: whether to download what is not in `data_dir`.
-    """
-
-    def __init__(self, dataset: str | None = None, data_dir: str = "data", batch_size: int = 128, seed: int = 0,
-                 download: bool = True) -> None:
+    def __init__(self, dataset: str | None, data_dir: str, batch_size: int) -> None:
         super().__init__()
-        self.dataset, self.data_dir, self.download = dataset, Path(data_dir), download
-        self.batch_size, self.seed = batch_size, seed
-        self.loaded: str | None = None
+        self.dataset, self.data_dir, self.batch_size = dataset, data_dir, batch_size
 
     def prepare_data(self) -> None:
-        """Downloads and checks, once on each node. Raises UserError where that fails and there is nothing instead."""
-        if self.loaded:
-            return
-        wanted = self.dataset or "mnist"
-        if wanted != "digits" and not all(file.exists() for file in self._files(wanted)):
-            try:
-                self._download(DATASETS[wanted])
-            except Exception as error:
-                reason = " ".join(str(error).split())
-                if isinstance(error, (FileExistsError, NotADirectoryError, PermissionError)):
-                    raise UserError(f"--data_dir {self.data_dir} can't be written ({reason}): name another") from error
-                if self.dataset:
-                    raise UserError(f"{wanted} is not in --data_dir {self.data_dir} and can't be downloaded ({reason}):"
-                                    " put its four files there, or try --dataset digits") from error
-                print(f"MNIST is not in {self.data_dir} and can't be downloaded ({reason}): training on scikit-learn's "
-                      f"digits instead. For MNIST, put its four files into {self.data_dir}/MNIST/raw.")
-                wanted = "digits"
-        self.dataset = wanted
-        self._load()
+        """Downloads, once on each machine. Raises ValueError, which names the folder, if that fails."""
+        name = self.dataset or "mnist"
+        try:
+            load_dataset(name, self.data_dir, train=True)
+            load_dataset(name, self.data_dir, train=False)
+        except Exception as error:
+            last_file = os.path.join(self.data_dir, DATASETS[name].__name__, "raw", "t10k-labels-idx1-ubyte")
+            if self.dataset or os.path.exists(last_file):
+                raise ValueError(f"{name} in {self.data_dir} is damaged or can't be had: {error}") from error
+            print(f"No MNIST in {self.data_dir}, and no download: training on scikit-learn's digits instead.")
+            self.dataset = "digits"
 
-    def _download(self, dataset: type[MNIST], patience: float = 14) -> None:
-        """torchvision's download, in a folder of its own until it is whole; given up after `patience` idle seconds."""
-        if not self.download:
-            raise RuntimeError("--fast_dev_run downloads nothing")
-        raw, errors = self.data_dir / dataset.__name__ / "raw", []
-        raw.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=raw, ignore_cleanup_errors=True) as folder:
-
-            def fetch() -> None:
-                try:
-                    dataset(folder, download=True)
-                except Exception as error:
-                    errors.append(error)
-
-            # In a thread, since neither urllib nor the look-up of a host's name has a time limit of its own.
-            (thread := threading.Thread(target=fetch, daemon=True)).start()
-            before, received = -1, 0
-            while thread.is_alive() and before < received:
-                thread.join(patience)
-                before, received = received, sum(file.stat().st_size for file in Path(folder).rglob("*"))
-            if thread.is_alive() or errors:
-                raise errors[0] if errors else TimeoutError(f"no answer in {patience} seconds")
-            for file in Path(folder).rglob("*-ubyte"):
-                file.replace(raw / file.name)
-
-    def _files(self, dataset: str) -> list[Path]:
-        raw = self.data_dir / DATASETS[dataset].__name__ / "raw"
-        return [raw / f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-
-    def setup(self, stage: str | None = None) -> None:
-        """Loads, in every process, the data set that rank zero has. Raises UserError if a file is damaged."""
-        if self.trainer is not None:
-            self.dataset = self.trainer.strategy.broadcast(self.dataset)
-        if self.loaded != self.dataset:
-            self._load()
-
-    def _load(self) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def setup(self, stage: str) -> None:
+        """Loads what the first device has found, and splits it in the same way for every seed."""
+        self.dataset = self.trainer.strategy.broadcast(self.dataset or "mnist")
+        train = load_dataset(self.dataset, self.data_dir, train=True)
+        split = torch.Generator().manual_seed(0)
         if self.dataset == "digits":
-            from sklearn.datasets import load_digits
-
-            images = torch.tensor(load_digits().images)[:, None] * (255 / 16)
-            images = F.interpolate(images, size=28, mode="bilinear").round().to(torch.uint8)
-            labels = torch.tensor(load_digits().target)
-            rest, test = torch.randperm(len(labels), generator=generator).tensor_split([len(labels) * 6 // 7])
-            self.test = Digits(images, labels, test)
+            self.train, self.val, self.test = random_split(train, [1413, 128, 256], split)
+            self.train.indices *= 8  # they are few: an epoch goes over them eight times
         else:
-            files = self._files(self.dataset)
-            images, labels = read_pair(*files[:2])
-            test_images, test_labels = read_pair(*files[2:])
-            rest = torch.randperm(len(labels), generator=generator)
-            self.test = Digits(test_images, test_labels, torch.arange(len(test_labels)))
-        train, val = rest.tensor_split([len(rest) - len(rest) // 12])
-        if self.dataset == "digits":
-            train = train.repeat(8)  # they are few: an epoch goes over them eight times
-        self.train, self.val = Digits(images, labels, train), Digits(images, labels, val)
-        self.loaded = self.dataset
-
-    @property
-    def class_names(self) -> list[str]:
-        return [name.split(" - ")[0] for name in DATASETS.get(self.dataset, MNIST).classes]
-
-    @property
-    def rank_and_world_size(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+            self.train, self.val = random_split(train, [55_000, 5_000], split)
+            self.test = load_dataset(self.dataset, self.data_dir, train=False)
 
     def train_dataloader(self) -> DataLoader:
-        """In an order that only seed and epoch decide: a resumed run sees the batches of one that never stopped."""
-        rank, world_size = self.rank_and_world_size
-        sampler = DistributedSampler(self.train, world_size, rank, shuffle=True, seed=self.seed)
-        sampler.set_epoch(self.trainer.current_epoch if self.trainer is not None else 0)  # Lightning's comes too late
-        return DataLoader(self.train, self.batch_size, sampler=sampler, collate_fn=tuple)
-
-    def _each_once(self, part: Digits) -> DataLoader:
-        """A DistributedSampler would repeat samples to make the ranks' shares equal; here it is the number of batches
-        that is equal, and a rank's last one may be smaller than the others', or empty."""
-        rank, world_size = self.rank_and_world_size
-        step = self.batch_size * world_size
-        batches = [range(start + rank, min(start + step, len(part)), world_size) for start in range(0, len(part), step)]
-        return DataLoader(part, batch_sampler=batches, collate_fn=tuple)
+        return DataLoader(self.train, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
-        return self._each_once(self.val)
+        return DataLoader(self.val, self.batch_size)
 
     def test_dataloader(self) -> DataLoader:
-        return self._each_once(self.test)
+        return DataLoader(self.test, self.batch_size)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"rng_state": torch.get_rng_state()}  # a resumed run shuffles as one that never stopped
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        torch.set_rng_state(state["rng_state"])
 
 
-def read_pair(images_file: Path, labels_file: Path) -> tuple[Tensor, Tensor]:
-    """Images uint8 (N, 1, 28, 28) and labels int64 (N,) of two files in MNIST's format.
-
-    Raises:
-        UserError: one of them is damaged.
-    """
-    file = images_file
-    try:
-        images = read_image_file(str(images_file))[:, None]
-        if images.shape[1:] != (1, 28, 28) or len(images) < 12:
-            raise ValueError(f"{len(images)} images of {tuple(images.shape[2:])} pixels")
-        file = labels_file
-        labels = read_label_file(str(labels_file))
-        if len(labels) != len(images) or labels.min() < 0 or labels.max() > 9:
-            raise ValueError(f"{len(labels)} labels from {labels.min()} to {labels.max()} for {len(images)} images")
-    except Exception as error:
-        reason = " ".join(str(error).split()) or "not MNIST's format"
-        raise UserError(f"{file} is damaged ({reason}): delete it, and it will be downloaded again") from error
-    return images, labels
-
+# ---------------------------------------------------------------------------------------------------- model
 
 class DigitClassifier(pl.LightningModule):
-    """LeNet's shape with batch norm. It takes raw pixels, so that nobody can normalise them in another way.
-
-    Args:
-        lr: the highest learning rate of the one-cycle schedule (Smith and Topin, arXiv:1708.07120).
-        seed: of the augmentation.
-        command_line: whatever else shall be kept in the checkpoint and in W&B's config.
-    """
+    """LeNet's shape with batch norm. It takes raw pixels, so that all data is normalised in the same way."""
 
     MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels, from 0 to 1
 
-    def __init__(self, lr: float = 0.02, seed: int = 0, **command_line: Any) -> None:
+    def __init__(self, lr: float = 0.02, **flags) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters()  # all flags, in checkpoints and in W&B's config
+        self.augment = transforms.RandomCrop(28, padding=1)
         self.network = nn.Sequential(
             nn.Conv2d(1, 16, 5, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.ReLU(),
             nn.Conv2d(16, 32, 3, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(32), nn.ReLU(),
             nn.Conv2d(32, 128, 3, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
             nn.Flatten(), nn.Linear(128 * 3 * 3, 10),
         ).to(memory_format=torch.channels_last)
-        self.augment = RandomCrop(28, padding=1)
-        self.train_accuracy, self.val_accuracy, self.test_accuracy = (
-            MulticlassAccuracy(10, average="micro") for _ in range(3))
-        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Raw pixels uint8 (N, 1, 28, 28) to logits (N, 10)."""
-        return self.network(((images.float() / 255 - self.MEAN) / self.STD).to(self.dtype))
+        """Raw pixels uint8 (N, 1, 28, 28) to logits float (N, 10)."""
+        return self.network((images / 255 - self.MEAN) / self.STD)
 
-    def denormalize(self, inputs: Tensor) -> Tensor:
-        """What `network` was given, as pixels uint8: the data set's, byte for byte, if nothing went wrong."""
-        return ((inputs.float() * self.STD + self.MEAN) * 255).round().clamp(0, 255).to(torch.uint8)
-
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels, _ = batch
-        # A resumed run crops as one that never stopped, and every rank in its own way. (Where there is no GPU,
-        # torch.manual_seed takes 2 ms to note down that it should be seeded too.)
-        position = self.global_step * self.trainer.world_size + self.global_rank
-        torch.default_generator.manual_seed((self.hparams.seed << 32) + position)
         logits = self(self.augment(images))  # one crop for the whole batch: it costs nothing
-        loss = F.cross_entropy(logits, labels)
-        self.train_accuracy.update(logits, labels)
-        self.log("train/loss", loss, prog_bar=True)
-        return {"loss": loss, "logits": logits.detach()}
-
-    def on_train_epoch_end(self) -> None:
-        self.log("train/accuracy", self.train_accuracy)
+        return self.log_metrics("train", logits, labels)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self._evaluate(batch, self.val_accuracy, self.val_loss)
-
-    def on_validation_epoch_end(self) -> None:
-        self.log_dict({"val/accuracy": self.val_accuracy, "val/loss": self.val_loss}, prog_bar=True)
-
-    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self._evaluate(batch, self.test_accuracy, self.test_loss)
-
-    def on_test_epoch_end(self) -> None:
-        self.log_dict({"test/accuracy": self.test_accuracy, "test/loss": self.test_loss})
-
-    def _evaluate(self, batch: tuple[Tensor, Tensor, Tensor], accuracy: MulticlassAccuracy, loss: MeanMetric) -> Tensor:
+        """Returns the logits, float (N, 10), which ImagePredictionLogger looks at."""
         images, labels, _ = batch
         logits = self(images)
-        if len(labels):  # a rank's last batch may be empty, which torchmetrics' accuracy refuses
-            accuracy.update(logits, labels)
-        loss.update(F.cross_entropy(logits, labels, reduction="none"))
+        self.log_metrics("test" if self.trainer.testing else "val", logits, labels)
         return logits
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = torch.optim.AdamW(self.parameters(), self.hparams.lr, betas=(0.9, 0.95), weight_decay=0.05)
+    test_step = validation_step
+
+    def log_metrics(self, stage: str, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logs loss and accuracy, of validation and test as means over the whole set. Returns the loss."""
+        loss = F.cross_entropy(logits, labels)
+        accuracy = multiclass_accuracy(logits, labels, num_classes=10, average="micro")
+        metrics = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
+        self.log_dict(metrics, prog_bar=True, batch_size=len(labels), sync_dist=stage != "train")
+        return loss
+
+    def configure_optimizers(self) -> dict:
+        """AdamW with a slanted triangular learning rate (Howard and Ruder, arXiv:1801.06146)."""
+        optimizer = torch.optim.AdamW(self.parameters(), self.hparams.lr, (0.9, 0.95), weight_decay=0.05)
         steps = self.trainer.estimated_stepping_batches
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.hparams.lr, steps, cycle_momentum=False)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / (0.3 * steps), (steps - step) / (0.7 * steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # A run may be resumed for more epochs, or on more devices: the schedule spans what is to be done now.
-        for schedule in checkpoint["lr_schedulers"]:
-            del schedule["total_steps"], schedule["_schedule_phases"]
 
-
-def exact_image(pixels: Tensor, caption: str) -> wandb.Image:
-    """A picture of uint8 (C, H, W) as it is, or of floats from 0 to 1: wandb alone would not scale these, but cut them
-    to 0 and 1, which is black."""
-    if pixels.is_floating_point():
-        pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
-    return wandb.Image(pixels, caption=caption)
-
-
-def top(samples: dict[str, Tensor], k: int) -> dict[str, Tensor]:
-    """The k samples of the highest score, highest first; of equal ones the lower index, on however many devices."""
-    by_index = samples["indices"].argsort()
-    best = by_index[samples["score"][by_index].argsort(descending=True, stable=True)[:k]]
-    return {name: tensor[best] for name, tensor in samples.items()}
-
+# ------------------------------------------------------------------------------------------------- callback
 
 class ImagePredictionLogger(pl.Callback):
     """Shows in W&B what goes into a classifier and what comes out, after every validation and test epoch.
 
-    Logs, over `trainer.global_step`: `val/examples`, the same samples every time; `val/hardest`, those of the whole set
-    with the highest loss, worst first; `val/recall/<class>`; `val/confusion_matrix`. After the test the same as
-    `test/...`, and `test/predictions`, a table of the 200 hardest. When training raises, `train/last_batch`.
-
-    To use it elsewhere, copy it with `exact_image` and `top`. It needs a WandbLogger (without one it does nothing), and
-      * batches (inputs, labels int64 (N,), indices int64 (N,)): an index names a sample of the data set;
-      * `validation_step` and `test_step` that return the logits (N, classes); for `train/last_batch`, a `training_step`
-        that returns {"loss": loss, "logits": logits};
-      * a LightningModule whose first layer with weights is given one row per sample.
-
-    A picture is evidence of what the model really got: it is taken where that first layer receives it, after all that
-    the data's way and `forward` did to it, and made pixels again by the LightningModule's `denormalize`, if it has one.
-    These are the data set's own, byte for byte (not in bf16-true or 16-true, whose inputs are coarser). But what was
-    transposed, blackened or normalised twice looks it.
-
-    On many devices each rank keeps the candidates of its share, in memory that doesn't grow with the set, and rank zero
-    logs the best of all: each sample once, also where a DistributedSampler pads the shares with duplicates.
+    Batches begin with (inputs, labels). A third tensor, int64 (N,), holds the samples' indices; without it
+    they are positions in the loader (don't shuffle it). Steps return the logits, float (N, classes), (N, 1)
+    for two classes, or a dict with "logits"; if not, `pl_module(inputs)` must, in one more forward pass. A
+    picture is what the first layer with weights received, if that has the inputs' shape, else the input; mean
+    and std, or the LightningModule's `denormalize`, undo its Normalize. Anything else raises ValueError.
 
     Args:
-        num_samples: how many samples `examples` and `hardest` show.
-        class_names: one per class; None: their numbers.
-        to_media: makes a W&B value of a first layer's input, on the CPU, and a caption. For sounds, say:
-            `lambda wave, caption: wandb.Audio(wave.numpy(), sample_rate=16000, caption=caption)`.
+        num_samples: how many `examples` (always the same) and `hardest` (highest loss) to show, at most 108.
+        class_names: one for each class; None: their numbers.
+        mean, std: of the Normalize that the inputs went through, one number for each channel.
+        unpack: takes (inputs, labels) out of other batches: `lambda batch: (batch["image"], batch["label"])`.
+        to_media: shows what is no picture: `lambda wave, caption: wandb.Audio(wave, 16000, caption)`.
     """
 
-    TABLE_ROWS = 200
+    def __init__(self, num_samples=32, class_names=None, mean=None, std=None, unpack=tuple, to_media=None):
+        self.num_samples, self.class_names, self.mean, self.std = num_samples, class_names, mean, std
+        self.unpack, self.to_media, self.received = unpack, to_media or wandb.Image, None
 
-    def __init__(self, num_samples: int = 32, class_names: Sequence[str] | None = None,
-                 to_media: Callable[[Tensor, str], Any] = exact_image) -> None:
-        self.num_samples, self.class_names, self.to_media = num_samples, class_names, to_media
-        self.logger: WandbLogger | None = None
-        self.warned = False
+    def on_validation_epoch_start(self, trainer, pl_module, dataloader_idx=0):
+        self.dataloader_idx, self.outcomes, self.pictures = dataloader_idx, {}, {}
+        first_layer = next(layer for layer in pl_module.modules() if list(layer.parameters(recurse=False)))
+        self.hook = first_layer.register_forward_pre_hook(self.remember)
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.logger = next((logger for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
-        if self.logger is None:
-            if not self.warned:
-                rank_zero_warn("ImagePredictionLogger does nothing: the Trainer has no WandbLogger")
-            self.warned = True
+    def remember(self, layer, args):
+        self.received = args[0] if args else None
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if dataloader_idx != self.dataloader_idx:  # one loader comes after the other
+            self.on_validation_epoch_end(trainer, pl_module)
+            self.on_validation_epoch_start(trainer, pl_module, dataloader_idx)
+        try:
+            self.collect(trainer, pl_module, outputs, *self.unpack(batch))
+        except Exception as error:
+            raise ValueError("ImagePredictionLogger needs logits (N, classes) from the step or `forward`, and"
+                             f" labels (N,) from the batch or `unpack`: {error}") from error
+
+    def collect(self, trainer, pl_module, outputs, inputs, labels, indices=None, *others):
+        """Keeps (label, prediction, loss, caption) of each sample, and the pictures of the few to show."""
+        logits = outputs.get("logits") if isinstance(outputs, dict) else outputs
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            logits = pl_module(inputs)
+        logits = F.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits  # one is that of the second class
+        logits, labels = logits.float().cpu(), labels.cpu().reshape(len(logits), -1).squeeze(1)
+        names = self.names = self.class_names or [str(number) for number in range(logits.shape[1])]
+        if len(set(names)) != logits.shape[1] or (labels != labels.long()).any():
+            raise ValueError(f"{logits.shape[1]} classes, named {names}, and labels {labels}")
+        if getattr(indices, "dtype", None) != torch.int64 or indices.shape != labels.shape:
+            indices = self.count_positions(trainer, len(labels))
+        losses = F.cross_entropy(logits, labels.long(), reduction="none")
+        confidences, predictions = logits.softmax(dim=1).max(dim=1)
+        columns = [column.tolist() for column in (indices, labels.long(), predictions, losses, confidences)]
+        for index, label, prediction, loss, confidence in zip(*columns):
+            caption = f"Pred: {names[prediction]} ({confidence:.0%}), Label: {names[label]} (#{index})"
+            self.outcomes[index] = label, prediction, loss, caption
+        self.pictures.update(zip(columns[0], self.read_pictures(pl_module, inputs)))
+        self.keep_examples_and_hardest()
+
+    def count_positions(self, trainer, count):
+        """Positions in the loader: ranks take turns, and begin again when all samples are dealt out."""
+        loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        dataset = getattr(CombinedLoader(loaders).flattened[self.dataloader_idx], "dataset", None)
+        seen = torch.arange(len(self.outcomes), len(self.outcomes) + count)
+        return (seen * trainer.world_size + trainer.global_rank) % length_hint(dataset, sys.maxsize)
+
+    def read_pictures(self, pl_module, inputs):
+        if isinstance(self.received, Tensor) and self.received.shape == inputs.shape:
+            inputs = self.received
+        if self.to_media is wandb.Image and (inputs.ndim != 4 or inputs.shape[1] not in (1, 3)):
+            raise ValueError(f"inputs {tuple(inputs.shape)} are no pictures, so give to_media")
+        if self.to_media is not wandb.Image or not inputs.is_floating_point():
+            return inputs.cpu()
+        if self.mean is not None:
+            mean, std = (inputs.new_tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
+            inputs = inputs * std + mean
+        elif hasattr(pl_module, "denormalize"):
+            inputs = pl_module.denormalize(inputs)
+        elif not 0 <= inputs.min() <= inputs.max() <= 1:
+            rank_zero_warn("ImagePredictionLogger stretches pictures beyond 0 to 1: give mean and std.")
+            inputs = transforms.functional.autocontrast(inputs)
+        return (inputs.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+    def keep_examples_and_hardest(self):
+        examples = sorted(self.pictures, key=lambda index: Random(index).random())[: self.num_samples]
+        hardest = sorted(self.pictures, key=lambda i: (-self.outcomes[i][2], i))[: self.num_samples]
+        self.pictures = {index: self.pictures[index].clone() for index in examples + hardest}
+        return {"examples": examples, "hardest": hardest}
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        """Gathers the samples of all ranks, each sample once, and logs them from the first rank."""
+        self.hook.remove()
+        mine = self.outcomes, self.pictures
+        for rank in range(trainer.world_size):
+            outcomes, pictures = trainer.strategy.broadcast(mine, src=rank)
+            self.outcomes, self.pictures = self.outcomes | outcomes, self.pictures | pictures
+        if not trainer.is_global_zero:
             return
-        self.train_batch: tuple[Tensor, Any, Tensor] | None = None
-        self._reset()
-        first = next(module for module in pl_module.modules() if list(module.parameters(recurse=False)))
-        self.hook = first.register_forward_pre_hook(lambda _, args: setattr(self, "inputs", args[0].detach()))
+        labels, predictions, *_ = zip(*self.outcomes.values())
+        recall = multiclass_recall(torch.tensor(predictions), torch.tensor(labels), len(self.names), "none")
+        panels = {f"recall/{self.names[label]}": recall[label].item() for label in set(labels)}
+        if len(self.names) <= 100:
+            panels["confusion_matrix"] = wandb.plot.confusion_matrix(None, labels, predictions, self.names)
+        for panel, indices in self.keep_examples_and_hardest().items():
+            panels[panel] = [self.to_media(self.pictures[i], caption=self.outcomes[i][3]) for i in indices]
+        stage = "test" if trainer.testing else "val"
+        suffix = f"/dataloader_idx_{self.dataloader_idx}" if self.dataloader_idx else ""
+        row = {f"{stage}/{name}{suffix}": panel for name, panel in panels.items()}
+        row["trainer/global_step"] = trainer.global_step
+        if wandb.run is not None and not trainer.sanity_checking:
+            for key, panel in row.items():
+                with suppress(wandb.errors.AuthenticationError):  # W&B asks its server about a chart
+                    wandb.run.log({key: panel}, commit=False)  # Lightning's metrics complete the row
+        elif wandb.run is None and not trainer.fast_dev_run:
+            rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self.logger is not None:
-            self.hook.remove()
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
-    def _reset(self) -> None:
-        self.kept: dict[str, dict[str, Tensor]] = {}
-        self.confusion: Tensor | int = 0
-        self.seen = 0
 
-    def _samples(self, logits: Tensor, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-        _, labels, indices = batch
-        loss = F.cross_entropy(logits.float(), labels, reduction="none")
-        return {"score": loss, "loss": loss, "inputs": self.inputs, "labels": labels, "indices": indices,
-                "probabilities": logits.float().softmax(dim=1)}
-
-    def _collect(self, logits: Tensor, batch: tuple[Tensor, Tensor, Tensor], dataloader: Any, hardest: int) -> None:
-        """Merges a batch into what is kept, and forgets the rest of it."""
-        if self.logger is None:
-            return
-        samples = self._samples(logits, batch)
-        dataloader = dataloader[0] if isinstance(dataloader, (list, tuple)) else dataloader
-        sampler = getattr(dataloader, "sampler", None)
-        if isinstance(sampler, DistributedSampler):  # which begins anew where the data set ends
-            position = sampler.rank + sampler.num_replicas * torch.arange(self.seen, self.seen + len(logits))
-            samples = {name: tensor[position < len(sampler.dataset)] for name, tensor in samples.items()}
-        self.seen += len(logits)
-        predictions = samples["probabilities"].argmax(dim=1)
-        self.confusion += multiclass_confusion_matrix(predictions, samples["labels"], num_classes=logits.shape[1])
-        fixed = -(samples["indices"] * 2654435761 % 2**24).float()  # Knuth's hash: any choice, but always the same
-        for group, k, score in (("examples", self.num_samples, fixed), ("hardest", hardest, samples["loss"])):
-            new = {**samples, "score": score}
-            if group not in self.kept:  # k rows from the start, so that every rank has as many to gather
-                self.kept[group] = {name: tensor.new_zeros(k, *tensor.shape[1:]) for name, tensor in new.items()}
-                self.kept[group]["score"] -= math.inf
-            self.kept[group] = top({name: torch.cat([old, new[name]]) for name, old in self.kept[group].items()}, k)
-
-    def _gather(self, pl_module: pl.LightningModule, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The best of all ranks, without the rows that no sample has filled."""
-        all_ranks = {name: pl_module.all_gather(tensor).reshape(-1, *tensor.shape[1:]) for name, tensor in kept.items()}
-        best = top(all_ranks, len(kept["score"]))
-        return {name: tensor[best["score"] != -math.inf] for name, tensor in best.items()}
-
-    def _name(self, label: Tensor) -> str:
-        return self.class_names[label] if self.class_names else str(label.item())
-
-    def _media(self, pl_module: pl.LightningModule, samples: dict[str, Tensor]) -> list[Any]:
-        inputs = getattr(pl_module, "denormalize", lambda inputs: inputs)(samples["inputs"]).cpu()
-        captions = [
-            f"Pred: {self._name(row.argmax())} ({row.max():.0%}), Label: {self._name(label)} (#{index})"
-            for row, label, index in zip(samples["probabilities"], samples["labels"], samples["indices"])
-        ]
-        return [self.to_media(sample, caption) for sample, caption in zip(inputs, captions)]
-
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self.logger is None:
-            return
-        samples = {group: self._gather(pl_module, kept) for group, kept in self.kept.items()}
-        confusion = trainer.strategy.reduce(self.confusion, reduce_op="sum")
-        self._reset()
-        if trainer.sanity_checking or not trainer.is_global_zero:
-            return
-        media = {group: self._media(pl_module, best) for group, best in samples.items()}
-        values = {f"{stage}/{group}": pictures[: self.num_samples] for group, pictures in media.items()}
-        names = [self._name(label) for label in torch.arange(len(confusion))]
-        recall = confusion.diag() / confusion.sum(dim=1)
-        values |= {f"{stage}/recall/{name}": r for name, r in zip(names, recall.tolist()) if not math.isnan(r)}
-        # The chart of wandb.plot.confusion_matrix, which asks for every label and prediction of the set
-        columns = ["Actual", "Predicted", "nPredictions"]
-        counts = [[a, p, n] for a, row in zip(names, confusion.tolist()) for p, n in zip(names, row)]
-        values[f"{stage}/confusion_matrix"] = wandb.plot_table(
-            "wandb/confusion_matrix/v1", wandb.Table(columns, counts), {name: name for name in columns})
-        if stage == "test":
-            worst = samples["hardest"]
-            rows = zip(worst["indices"].tolist(), media["hardest"], worst["labels"], worst["loss"].tolist(),
-                       worst["probabilities"])
-            values["test/predictions"] = wandb.Table(
-                ["index", "image", "label", "prediction", "loss", *names],
-                [[index, picture, self._name(label), self._name(row.argmax()), loss, *row.tolist()]
-                 for index, picture, label, loss, row in rows])
-        self.logger.log_metrics(values, step=trainer.global_step)
-
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *_) -> None:
-        self._collect(outputs, batch, trainer.val_dataloaders, self.num_samples)
-
-    def on_test_batch_end(self, trainer, pl_module, outputs, batch, *_) -> None:
-        self._collect(outputs, batch, trainer.test_dataloaders, max(self.num_samples, self.TABLE_ROWS))
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._log(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._log(trainer, pl_module, "test")
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, *_) -> None:
-        if self.logger is not None and "logits" in outputs:
-            self.train_batch = outputs["logits"], batch, self.inputs
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if self.logger is not None and self.train_batch and trainer.is_global_zero:  # alone: others may not answer
-            logits, batch, self.inputs = self.train_batch
-            last = top(self._samples(logits, batch), min(self.num_samples, len(logits)))
-            self.logger.log_metrics({"train/last_batch": self._media(pl_module, last)}, step=trainer.global_step)
-
+# ------------------------------------------------------------------------------------------------- stopping
 
 class StopAtBatchEnd(pl.Callback):
-    """Ends training where all ranks can: at a batch's end, after a signal or when the loss isn't finite any more.
+    """Ends training on all devices after Ctrl+C or SIGTERM, or when the loss is not finite any more."""
 
-    Left to itself, Lightning raises KeyboardInterrupt wherever it happens to be, and ends a terminated run with 0.
+    def on_train_start(self, trainer, pl_module):
+        self.received = 0
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)  # Lightning's own handler ends the process with status 0
 
-    Raises:
-        SystemExit: after SIGINT or SIGTERM, with 128 + its number; `interrupted.ckpt` is saved.
-        FloatingPointError: at once; nothing is saved, since the weights are spoiled.
-    """
+    def receive(self, number, frame):
+        self.received = number
 
-    signal = 0
-
-    def _listen(self, *_: Any) -> None:
-        """Comes after Lightning has set its own handlers; when it ends, it puts back those that were there before."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: setattr(self, "signal", number))
-
-    on_sanity_check_start = on_train_start = on_test_start = _listen
-
-    def _on_any_rank(self, trainer: pl.Trainer, loss: Tensor) -> tuple[bool, bool]:
-        flags = torch.stack([~loss.isfinite(), loss.new_tensor(self.signal) > 0]).float()
-        return tuple((trainer.strategy.reduce(flags, reduce_op="sum") > 0).tolist())
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        non_finite, stopped = self._on_any_rank(trainer, outputs["loss"])
-        if non_finite or stopped:
-            trainer.progress_bar_callback.on_train_end()  # else it draws itself again below our last line
-        if non_finite:
-            raise FloatingPointError(f"the loss is not finite at step {trainer.global_step}: try a smaller --lr")
-        if stopped:
-            trainer.save_checkpoint(Path(trainer.checkpoint_callback.dirpath, "interrupted.ckpt"))
-            raise SystemExit(128 + (self.signal or signal.SIGTERM))
-
-    def on_test_batch_end(self, trainer, pl_module, outputs, *_) -> None:
-        if self._on_any_rank(trainer, outputs.new_zeros(()))[1]:
-            raise SystemExit(128 + (self.signal or signal.SIGTERM))
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx % trainer.log_every_n_steps == 0:  # to look at every loss would stall a GPU
+            if trainer.strategy.reduce_boolean_decision(not outputs["loss"].isfinite(), all=False):
+                raise FloatingPointError(f"the loss is not finite at step {trainer.global_step}: lower --lr")
+            if trainer.strategy.reduce_boolean_decision(self.received > 0, all=False):
+                trainer.save_checkpoint(os.path.join(trainer.checkpoint_callback.dirpath, "last.ckpt"))
+                trainer.progress_bar_callback.train_progress_bar.close()  # or it ends up below the last line
+                raise SystemExit(128 + (self.received or signal.SIGTERM))
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's writes to the temporary folder, and if that is another disk, the file appears bit by bit."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        part = Path(f"{path}.part")
-        try:
-            super().save_checkpoint(checkpoint, part, storage_options)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"train.py: error: {' '.join(message.split())}\n" if rank_zero_only.rank == 0 else None)
-
-
-def positive(number_type: type) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        if not 0 < (number := number_type(text)) < math.inf:
-            raise ValueError
-        return number
-
-    parse.__name__ = f"positive {number_type.__name__}"
-    return parse
-
+# --------------------------------------------------------------------------------------------- command line
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = OneLineParser("train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    summary, formatter = __doc__.split("\n")[0], argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser("train.py", argparse.SUPPRESS, summary, formatter_class=formatter)
     add = parser.add_argument
     add("--gpus", type=int, help="short for --accelerator gpu --devices GPUS; 0: CPU, -1: all")
-    add("--accelerator", help="cpu, gpu, tpu, mps or auto (default: auto)")
-    add("--devices", help="how many, or which (0,1), or -1 for all, or auto (default: auto)")
-    add("--strategy", default="auto", help="ddp, fsdp, ... (default: auto)")
-    add("--num_nodes", type=positive(int), default=1, help="machines (default: 1)")
-    add("--precision", default="32-true", help="32-true, 16-mixed, bf16-mixed, ... (default: 32-true)")
-    add("--max_epochs", type=positive(int), default=5, help="passes over the training set (default: 5)")
-    add("--fast_dev_run", action="store_true", help="one batch of everything; leaves no file (default: no)")
-    add("--batch_size", type=positive(int), default=128, help="per device (default: 128)")
-    add("--lr", type=positive(float), default=0.02, help="highest learning rate of the schedule (default: 0.02)")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
-    add("--dataset", choices=[*DATASETS, "digits"], help="(default: mnist, or digits where it can't be had)")
-    add("--data_dir", default="data", help="where the data set is or will be downloaded (default: data)")
-    add("--num_samples", type=positive(int), default=32, help="pictures in a panel of W&B (default: 32)")
-    add("--ckpt_path", help="checkpoint to resume from (default: none)")
-    add("--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"),
-        help="W&B's project (default: WANDB_PROJECT or lightning-digits)")
+    add("--accelerator", default="auto", help="cpu, gpu, tpu, mps or auto")
+    add("--devices", default="auto", help="how many, or which (0,1), or -1 for all")
+    add("--strategy", default="auto", help="ddp, fsdp, ...")
+    add("--num_nodes", type=int, default=1, help="machines")
+    add("--precision", default="32-true", help="32-true, 16-mixed, bf16-mixed, ...")
+    add("--max_epochs", type=int, default=5, help="passes over the training set")
+    add("--fast_dev_run", action="store_true", help="one batch of everything; writes no file")
+    add("--batch_size", type=int, default=128, help="per device")
+    add("--lr", type=float, default=0.02, help="highest learning rate of the schedule")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation")
+    add("--dataset", choices=[*DATASETS, "digits"], help="None: mnist, or digits where it can't be had")
+    add("--data_dir", default="data", help="where the data set is or will be downloaded")
+    add("--num_samples", type=int, default=32, help="pictures in a panel of W&B, at most 108")
+    add("--ckpt_path", help="checkpoint to resume from")
+    add("--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"), help="W&B's project")
     return parser
 
 
+def check_checkpoint(path: str, model: DigitClassifier) -> None:
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    except Exception as error:
+        raise ValueError(f"--ckpt_path {path} can't be read, or is no checkpoint of this model") from error
+
+
+def choose_mode() -> str | None:
+    """Offline without credentials or an answer from W&B's server, else W&B's own choice. It never asks."""
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds, if the server goes away; W&B's is for ever
+    try:
+        if wandb.setup().settings.mode != "online" or wandb.login(prompt=False):
+            return None
+    except wandb.errors.AuthenticationError as error:
+        rank_zero_info(f"W&B can't be reached, so the run is recorded offline: {error}")
+    return "offline"
+
+
 def make_trainer(args: argparse.Namespace) -> pl.Trainer:
-    """Raises UserError for whatever the Trainer refuses: too many devices, an unknown strategy, ..."""
-    accelerator, devices = args.accelerator or "auto", args.devices or "auto"
     if args.gpus is not None:
-        if args.accelerator or args.devices:
-            raise UserError("--gpus is short for --accelerator and --devices: give either, not both")
-        accelerator, devices = ("gpu", args.gpus) if args.gpus else ("cpu", "auto")
-    if not 0 <= args.seed < 2**31:
-        raise UserError("--seed must be between 0 and 2147483647")
-    if args.num_samples > wandb.Image.MAX_ITEMS:
-        raise UserError(f"--num_samples must be at most {wandb.Image.MAX_ITEMS}: W&B drops the others")
-    try:
-        return pl.Trainer(
-            accelerator=accelerator, devices=devices, strategy=args.strategy, num_nodes=args.num_nodes,
-            precision=args.precision, max_epochs=args.max_epochs, fast_dev_run=args.fast_dev_run,
-            callbacks=[ModelCheckpoint(monitor="val/loss"),
-                       ModelCheckpoint(filename="last", enable_version_counter=False),
-                       TQDMProgressBar(refresh_rate=20)],
-            plugins=[AtomicCheckpointIO()], use_distributed_sampler=False, log_every_n_steps=10, logger=False,
-        )
-    except Exception as error:
-        raise UserError(f"{error} (--help explains the flags; --gpus 0 trains on the CPU)") from error
+        args.accelerator, args.devices = ("gpu", args.gpus) if args.gpus else ("cpu", "auto")
+    class_names = [name.split(" - ")[0] for name in DATASETS.get(args.dataset, datasets.MNIST).classes]
+    pictures = ImagePredictionLogger(args.num_samples, class_names, DigitClassifier.MEAN, DigitClassifier.STD)
+    best = ModelCheckpoint(monitor="val/loss")
+    last = ModelCheckpoint(filename="last", enable_version_counter=False)
+    return pl.Trainer(
+        accelerator=args.accelerator, devices=args.devices, strategy=args.strategy, num_nodes=args.num_nodes,
+        precision=args.precision, max_epochs=args.max_epochs, fast_dev_run=args.fast_dev_run,
+        logger=WandbLogger(project=args.project, save_dir=None, mode=choose_mode()), log_every_n_steps=10,
+        callbacks=[pictures, StopAtBatchEnd(), LearningRateMonitor(), TQDMProgressBar(20), best, last],
+    )
 
 
-def check_checkpoint(path: str, model: DigitClassifier, max_epochs: int) -> None:
-    """Raises UserError unless it is a checkpoint of this model. Nothing in the file is executed."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        epochs_done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        model.load_state_dict(checkpoint["state_dict"])
-    except FileNotFoundError as error:
-        raise UserError(f"--ckpt_path {path} does not exist: name a .ckpt file that a run has left") from error
-    except Exception as error:
-        raise UserError(f"--ckpt_path {path} is not a checkpoint of this model: name another file") from error
-    if epochs_done > max_epochs:
-        raise UserError(f"--ckpt_path {path} has {epochs_done} epochs behind it: raise --max_epochs")
-
-
-def make_logger(args: argparse.Namespace, trainer: pl.Trainer) -> WandbLogger:
-    """Starts the W&B run: online if there are credentials and the server answers, else offline. Never asks.
-
-    Raises:
-        UserError: W&B's folder can't be written; left to itself, wandb would record in the temporary folder.
-    """
-
-    def start(mode: str) -> wandb.Run:
-        run = wandb.init(project=args.project, mode=mode, resume="allow")
-        run.define_metric("trainer/global_step")  # one x-axis for metrics and pictures
-        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-        return run
-
-    if not trainer.is_global_zero:
-        return WandbLogger(project=args.project, save_dir=None)
-    settings = wandb.setup().settings
-    try:
-        Path(settings.wandb_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=settings.wandb_dir).close()
-    except OSError as error:
-        raise UserError(f"W&B's folder can't be written ({error}): set WANDB_DIR to another") from error
-    try:
-        mode = settings.mode or "online"
-        run = start("offline" if mode == "online" and not wandb.login(prompt=False) else mode)
-    except (wandb.errors.AuthenticationError, wandb.errors.CommError) as error:
-        reason = " ".join(str(error).split())
-        print(f"W&B can't be reached ({reason}): recording offline, nothing is lost; `wandb sync` uploads it later.")
-        run = start("offline")
-    return WandbLogger(project=args.project, save_dir=None, experiment=run)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Trains, tests with the best checkpoint, and says where to look.
-
-    Args:
-        argv: the flags; None: those of the command line.
-
-    Raises:
-        SystemExit: 2 for what the user can mend, 1 for what breaks while running, 128 + N after signal N.
-    """
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # a batch is one index: they would only cost
-    warnings.filterwarnings("ignore", ".*LeafSpec.*")  # between Lightning and torch
-    logging.raiseExceptions = False  # a full disk gets one line from us, not a traceback for each line of a log
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)  # hints at other products
+def main(argv: list[str] | None = None) -> None:
+    """Trains, tests with the best checkpoint, and says where to look. Raises SystemExit if it is stopped."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    if not min(args.lr, args.num_nodes, args.max_epochs, args.batch_size, args.num_samples) > 0:
+        parser.error("--lr, --num_nodes, --max_epochs, --batch_size and --num_samples must be greater than 0")
+    dataset = "digits" if args.fast_dev_run and not args.dataset else args.dataset
+    data = DigitsDataModule(dataset, args.data_dir, args.batch_size)
     try:
-        trainer = make_trainer(args)
         pl.seed_everything(args.seed, verbose=False)
         model = DigitClassifier(**vars(args))
+        trainer = make_trainer(args)
         if args.ckpt_path:
-            check_checkpoint(args.ckpt_path, model, args.max_epochs)
-        data = DigitsDataModule(args.dataset, args.data_dir, args.batch_size, args.seed, not args.fast_dev_run)
-        if trainer.local_rank == 0:  # before there is a W&B run; Lightning would do it after that
-            data.prepare_data()
-        if not args.fast_dev_run:
-            trainer.logger = make_logger(args, trainer)
-    except (UserError, wandb.errors.UsageError) as error:
-        parser.error(str(error))
+            check_checkpoint(args.ckpt_path, model)
+        if trainer.local_rank == 0:
+            data.prepare_data()  # as the Trainer will, but before there is a W&B run
+    except Exception as error:
+        parser.error(" ".join(str(error).split()))
 
-    trainer.callbacks[:0] = [ImagePredictionLogger(args.num_samples, data.class_names), StopAtBatchEnd()]
-    if trainer.loggers:
-        trainer.callbacks.append(LearningRateMonitor("step"))
-    status, error, handlers = 1, None, {}
+    best, status = trainer.checkpoint_callback, 1
     try:
         trainer.fit(model, data, ckpt_path=args.ckpt_path, weights_only=True)
-        best = trainer.checkpoint_callback.best_model_path
-        trainer.test(model, data, ckpt_path=best or None, weights_only=True)
-        if best and wandb.run is not None:
-            wandb.run.log_artifact(best, name=f"model-{wandb.run.id}", type="model", aliases=["best"])
+        trainer.test(model, data, ckpt_path=best.best_model_path or None, weights_only=True)
+        if wandb.run is not None:
+            with suppress(wandb.errors.AuthenticationError):
+                wandb.run.log_model(best.best_model_path, f"model-{wandb.run.id}", aliases=["best"])
         status = 0
-    except (FloatingPointError, OSError) as exception:
-        error = exception
-    except SystemExit as exception:
-        status = exception.code
-        for number in (signal.SIGINT, signal.SIGTERM):  # launchers repeat them
-            handlers[number] = signal.signal(number, signal.SIG_IGN)
+    except SystemExit as stop:
+        status = stop.code or 128 + signal.SIGTERM
     finally:
         run = wandb.run
-        if run is not None:
-            try:
-                run.finish(exit_code=status)
-            except OSError as exception:  # the disk is so full that W&B can't close its log
-                status, error = status or 1, error or exception
+        wandb.finish(exit_code=status)
     if run is not None:
-        if error:
-            print(f"train.py: error: {error}", file=sys.stderr)
-        can_resume = status and not isinstance(error, FloatingPointError)
-        say_where_to_look(trainer, run, (sys.argv[1:] if argv is None else argv) if can_resume else None)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if status and trainer.local_rank == 0:  # Lightning kills rank zero, wherever it is, when another rank fails
+        folder = os.path.relpath(os.path.dirname(run.dir))
+        checkpoint = os.path.relpath(os.path.join(best.dirpath, "last.ckpt"))
+        print(f"See the run: wandb leet {folder}\nUpload it: wandb sync {folder}\nCheckpoint: {checkpoint}")
+        if status:
+            flags = shlex.join([*(argv or sys.argv[1:]), "--ckpt_path", checkpoint])
+            print(f"Resume it: WANDB_RUN_ID={run.id} python train.py {flags}")
+    if status and trainer.local_rank == 0:  # Lightning kills rank zero when another rank fails
         sys.exit(status)
-
-
-def say_where_to_look(trainer: pl.Trainer, run: wandb.Run, flags: Sequence[str] | None) -> None:
-    """Prints how to see the run and where the checkpoint is; given the flags of a stopped run, how to resume it."""
-    if not run.disabled:
-        folder = os.path.relpath(Path(run.dir).parent)
-        print(f"See the run: wandb leet {folder}" + ("" if run.offline else f"    or {run.url}"))
-        print(f"Upload it: wandb sync {folder}" if run.offline else f"If the upload was cut short: wandb sync {folder}")
-    best = trainer.checkpoint_callback.best_model_path
-    folder = Path(trainer.checkpoint_callback.dirpath or Path(best).parent)
-    checkpoints = sorted(folder.glob("*.ckpt"), key=os.path.getmtime)
-    if checkpoints:
-        print(f"Checkpoint: {os.path.relpath(best or checkpoints[-1])}")
-    if checkpoints and flags is not None:
-        flags = shlex.join([*flags, "--ckpt_path", os.path.relpath(checkpoints[-1])])
-        print(f"Resume it: WANDB_RUN_ID={run.id} python train.py {flags}")
 
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    os._exit(0)  # all is written; Python would take 1.7 s to take down what torch has imported
