@@ -107,16 +107,13 @@ def healthy(tmp_path_factory):
         return Run()
 
 
-def interrupted(number, at_step):
-    """A training_step that sends a signal to the first of the processes."""
-    training_step = DigitClassifier.training_step
-
-    def interrupted_step(self, batch, batch_idx):
+def send(number, at_step):
+    """A hook of the LightningModule that sends a signal to the first of the processes."""
+    def on_train_batch_start(self, batch, batch_idx):
         if self.global_step == at_step and self.global_rank == 0:
             os.kill(os.getpid(), number)
-        return training_step(self, batch, batch_idx)
 
-    return interrupted_step
+    return on_train_batch_start
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +205,7 @@ def broken_run(monkeypatch, spoil_data=lambda data: None):
 
 def test_a_class_that_is_always_wrong_is_a_recall_of_zero(monkeypatch):
     def train_without_fours(data):
-        labels = data.train.dataset.tensors[1]
-        data.train.indices = [i for i in data.train.indices if labels[i] != 4]
+        data.train.indices = [i for i in data.train.indices if data.train.dataset.tensors[1][i] != 4]
 
     run = broken_run(monkeypatch, train_without_fours)
     losses = [row["train/loss"] for row in run.rows("train/loss")]
@@ -353,7 +349,7 @@ def test_without_wandb_it_says_so_and_it_keeps_the_pictures_of_few_samples():
 
 def test_an_interrupted_run_is_resumed_by_its_last_line_and_for_more_epochs(monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(DigitClassifier, "training_step", interrupted(signal.SIGINT, at_step=120))
+        patch.setattr(DigitClassifier, "on_train_batch_start", send(signal.SIGINT, at_step=120))
         main([*DIGITS, "--max_epochs", "2"])
     stopped = Run()
     assert stop.value.code == 130 and stopped.exit_code == [130]
@@ -450,5 +446,5 @@ def test_a_tracker_out_of_reach_does_not_stop_the_training(processes):
 if __name__ == "__main__":  # two processes, five samples without indices, and a signal for the first process
     five = TensorDataset(*load_dataset("digits", "", train=True)[:5][:2], torch.rand(5))
     DigitsDataModule.val_dataloader = lambda self: DataLoader(five, 2)
-    DigitClassifier.training_step = interrupted(signal.SIGTERM, at_step=60)
+    DigitClassifier.on_train_batch_start = send(signal.SIGTERM, at_step=60)
     main()

@@ -7,6 +7,7 @@
 """
 
 import argparse
+import gc
 import math
 import os
 import shlex
@@ -14,7 +15,6 @@ import signal
 import sys
 from contextlib import suppress
 from operator import length_hint
-from random import Random
 
 import pytorch_lightning as pl
 import torch
@@ -37,7 +37,6 @@ def load_dataset(name: str, data_dir: str, train: bool) -> TensorDataset:
     """Images uint8 (N, 1, 28, 28), labels int64 (N,) and indices int64 (N,). Missing files are downloaded."""
     if name == "digits":  # scikit-learn ships 1,797 of them, with 8 x 8 pixels from 0 to 16
         from sklearn.datasets import load_digits
-
         images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
         images = F.interpolate(images.view(-1, 1, 8, 8) * (255 / 16), size=28, mode="bilinear").round().byte()
     else:
@@ -237,7 +236,7 @@ class ImagePredictionLogger(pl.Callback):
         return (inputs.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
     def keep_examples_and_hardest(self):
-        examples = sorted(self.pictures, key=lambda i: Random(i).random())[: self.num_samples]  # fixed order
+        examples = sorted(self.pictures, key=lambda i: hash((i,)))[: self.num_samples]  # mixed, but fixed
         hardest = sorted(self.pictures, key=lambda i: (-self.outcomes[i][2], i))[: self.num_samples]
         self.pictures = {i: self.pictures[i].clone() for i in examples + hardest}  # no views of batches
         return {"examples": examples, "hardest": hardest}
@@ -397,4 +396,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # else Python would end with a search for garbage in all of PyTorch, which takes a second
     main()
