@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 import shlex
 import signal
@@ -112,7 +111,6 @@ def send(number, at_step):
     def on_train_batch_start(self, batch, batch_idx):
         if self.global_step == at_step and self.global_rank == 0:
             os.kill(os.getpid(), number)
-
     return on_train_batch_start
 
 
@@ -123,7 +121,7 @@ def processes(healthy, tmp_path_factory):
     unreachable = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}
     started = {}
     for name, command, variables in [
-        ("tested", [SCRIPT, *HEALTHY, *two, *resumed], {}),
+        ("tested", [SCRIPT, *HEALTHY, *two, *resumed, "--batch_size", "100"], {}),
         ("stopped", [__file__, *DIGITS, *two], {}),
         ("unreachable", [SCRIPT, *DIGITS, "--max_epochs", "1"], unreachable),
     ]:
@@ -175,7 +173,7 @@ def test_panels_show_what_the_best_checkpoint_says_and_it_is_an_artifact(healthy
         if label == prediction:
             assert healthy.last(f"test/recall/{label}") == pytest.approx(count / has_label.sum().item())
     configs = [record["config"].get("update", {}) for record in healthy.records if "config" in record]
-    assert model.hparams["lr"] == 0.01 and any(model.hparams.items() <= config.items() for config in configs)
+    assert model.hparams["max_epochs"] == 2 and any(model.hparams.items() <= config.items() for config in configs)
     (models,) = [r["artifact"] for r in healthy.records if "best" in r.get("artifact", {}).get("aliases", [])]
     assert models["manifest"]["contents"][0]["path"] == Path(best).name
 
@@ -243,18 +241,17 @@ def test_flipped_labels_fill_the_top_of_hardest(monkeypatch):
     assert broken_run(monkeypatch, call_five_fours_five).labelled_5_but_surely_4() == sorted(flipped)
 
 
-@pytest.mark.parametrize("spoil", ["normalised twice", "transposed", "black"])
+@pytest.mark.parametrize("spoil", [
+    lambda images: (images / 255 - 0.1) / 0.3, lambda images: images.mT, lambda images: images * 0,
+], ids=["normalised twice", "transposed", "black"])
 def test_a_picture_shows_what_the_model_really_got(monkeypatch, spoil):
     forward = DigitClassifier.forward
-    monkeypatch.setattr(DigitClassifier, "forward", {
-        "normalised twice": lambda self, images: forward(self, (images / 255 - self.MEAN) / self.STD),
-        "transposed": lambda self, images: forward(self, images.transpose(2, 3)),
-        "black": lambda self, images: forward(self, images * 0)}[spoil])
+    monkeypatch.setattr(DigitClassifier, "forward", lambda self, images: forward(self, spoil(images)))
     run = broken_run(monkeypatch)
     assert len(run.pictures_that_are_not_the_data_sets()) > 95
     (index, pixels), *_ = run.pictures("val/examples").items()
     digit = load_dataset("digits", "", train=True)[index][0][0].numpy()
-    assert (pixels.T == digit).all() if spoil == "transposed" else pixels.max() < 10
+    assert pixels.max() < 10 or (pixels.T == digit).all()
 
 
 IMAGES, LABELS = torch.rand(10, 1, 8, 8), torch.arange(10) % 3
@@ -283,14 +280,14 @@ def validate(datasets, net, step=lambda module, batch: None, package="pytorch_li
             return self.net(inputs)
 
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
-            self.log("val_loss", float(batch_idx))
             return step(self, batch)
 
     trainer = names["pl"].Trainer(
         accelerator="cpu", logger=names["WandbLogger"](project="other"), enable_progress_bar=False,
         callbacks=[names["ImagePredictionLogger"](4, **arguments)])
     try:
-        trainer.validate(Module(), [DataLoader(dataset, 4) for dataset in datasets], verbose=False)
+        for _ in range(2):
+            trainer.validate(Module(), [DataLoader(dataset, 4) for dataset in datasets], verbose=False)
     finally:
         wandb.finish()
     return Run()
@@ -300,7 +297,7 @@ def validate(datasets, net, step=lambda module, batch: None, package="pytorch_li
 @pytest.mark.parametrize("dataset, net, step, arguments", [
     (PAIRS, net(), lambda module, batch: None, {}),
     (PAIRS, net(), lambda module, batch: module.forward(batch[0]).mean(), {}),
-    (DICTS, net(), lambda module, batch: {"logits": module.net(batch["image"])},
+    (DICTS, nn.ModuleList([net()]), lambda module, batch: {"logits": module.net[0](batch["image"])},
      {"unpack": lambda batch: (batch["image"], batch["label"])}),
     (NORMALIZED, net(), lambda module, batch: None, {"mean": [0.5], "std": [0.25]}),
     (BINARY, net(1), lambda module, batch: module(batch[0]), {}),
@@ -308,7 +305,7 @@ def validate(datasets, net, step=lambda module, batch: None, package="pytorch_li
 def test_the_copied_callback_shows_what_other_modules_do(package, dataset, net, step, arguments):
     pytest.importorskip(package)
     run = validate([dataset], net, step, package, **arguments)
-    assert sum(run.confusion().values()) == 10 and "val_loss" in run.rows("val/hardest.captions")[0]
+    assert sum(run.confusion().values()) == 10 and len(run.rows("val/hardest.captions")) == 2
     assert len(run.pictures("val/hardest")) == 4
     for i, pixels in run.pictures("val/hardest").items():
         assert (pixels == (IMAGES[i, 0] * 255).round().byte().numpy()).all()
@@ -317,21 +314,23 @@ def test_the_copied_callback_shows_what_other_modules_do(package, dataset, net, 
 def test_floats_beyond_0_to_1_are_stretched_with_a_warning():
     with pytest.warns(UserWarning, match="ImagePredictionLogger stretches .* give mean and std"):
         run = validate([NORMALIZED], net())
-    assert all(pixels.min() == 0 and pixels.max() == 255 for pixels in run.pictures("val/hardest").values())
+    for i, pixels in run.pictures("val/hardest").items():
+        stretched = np.interp(IMAGES[i, 0], (IMAGES[i].min(), IMAGES[i].max()), (0, 255))
+        assert abs(stretched - pixels).max() < 1
 
 
 def test_two_loaders_of_text():
     run = validate([TEXT, TEXT], nn.EmbeddingBag(7, 3), to_media=lambda tokens, caption: wandb.Html(caption))
-    (row,) = run.rows("val/hardest.count")
-    assert row["val/hardest.count"] == row["val/hardest/dataloader_idx_1.count"] == 4
+    assert run.last("val/hardest.count") == run.last("val/hardest/dataloader_idx_1.count") == 4
     assert any("Pred: " in page.read_text() for page in run.folder.rglob("*.html"))
 
 
 @pytest.mark.parametrize("dataset, net, names, message", [
     (MAPS, nn.Conv2d(1, 3, 1), None, "logits"), (TEXT, nn.EmbeddingBag(7, 3), None, "give to_media"),
-    (PAIRS, net(), ["a", "b"], "3 classes"), (TensorDataset(IMAGES, IMAGES[:, 0, 0]), net(), None, "labels"),
-    (TensorDataset(IMAGES, LABELS + 1), net(), None, "Target 3 is out of bounds"),
-], ids=["map", "no picture", "names", "soft", "outside"])
+    (PAIRS, net(), ["a", "b"], "3 classes"), (TensorDataset(IMAGES, LABELS + 1), net(), None, "Target 3"),
+    (TensorDataset(IMAGES, IMAGES[:, 0, 0, 0]), net(), None, "labels tensor"),
+    (TensorDataset(IMAGES, LABELS, LABELS), net(), None, "indices tensor"),
+], ids=["map", "no picture", "names", "outside", "soft", "indices"])
 def test_what_cannot_be_shown_is_an_error(dataset, net, names, message):
     with pytest.raises(ValueError, match=f"^ImagePredictionLogger .*{message}"):
         validate([dataset], net, class_names=names)
@@ -339,11 +338,13 @@ def test_what_cannot_be_shown_is_an_error(dataset, net, names, message):
 
 def test_without_wandb_it_says_so_and_it_keeps_the_pictures_of_few_samples():
     callback = ImagePredictionLogger(mean=DigitClassifier.MEAN, std=DigitClassifier.STD)
-    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[callback], enable_progress_bar=False)
+    counts = []
+    count = pl.callbacks.LambdaCallback(on_test_batch_end=lambda *_: counts.append(len(callback.pictures)))
+    trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[callback, count])
     loader = DataLoader(load_dataset("digits", "", train=True), 128)
     with pytest.warns(UserWarning, match="no WandbLogger"):
-        trainer.validate(DigitClassifier(), loader, verbose=False)
-    assert 32 <= len(callback.pictures) <= 64
+        trainer.test(DigitClassifier(), loader, verbose=False)
+    assert 32 <= max(counts) <= 64
     assert {picture.untyped_storage().nbytes() for picture in callback.pictures.values()} == {28 * 28}
 
 
@@ -353,7 +354,6 @@ def test_an_interrupted_run_is_resumed_by_its_last_line_and_for_more_epochs(monk
         main([*DIGITS, "--max_epochs", "2"])
     stopped = Run()
     assert stop.value.code == 130 and stopped.exit_code == [130]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a notebook can go on
     last_line = capsys.readouterr().out.strip().splitlines()[-1]
     run_id, python, script, *flags = shlex.split(last_line.removeprefix("Resume it: "))
     assert (python, script) == ("python", "train.py")
@@ -409,10 +409,9 @@ def test_a_file_that_is_no_checkpoint_gets_one_line_and_is_not_executed(capsys):
         def __reduce__(self):
             return os.mkdir, ("executed",)
 
-    Path("pickle.ckpt").write_bytes(pickle.dumps(Dangerous()))
     torch.save({"state_dict": Dangerous()}, "dangerous.ckpt")
     torch.save({"state_dict": {"weight": torch.zeros(1)}}, "other.ckpt")
-    for name in ("pickle.ckpt", "dangerous.ckpt", "other.ckpt", ".", "missing.ckpt"):
+    for name in ("dangerous.ckpt", "other.ckpt", ".", "missing.ckpt"):
         assert f"--ckpt_path {name} " in refused(capsys, "--ckpt_path", name)
     assert not Path("executed").exists()
 
@@ -423,6 +422,7 @@ def test_two_processes_do_what_one_does(healthy, processes):
     tested = Run(folder)
     for key in ("test/examples.captions", "test/hardest.captions", "test/accuracy", "test/recall/3"):
         assert tested.last(key) == healthy.last(key)
+    assert tested.last("test/loss") == pytest.approx(healthy.last("test/loss"), rel=1e-4)
     assert tested.confusion("test/confusion_matrix") == healthy.confusion("test/confusion_matrix")
     assert len(list(folder.glob("wandb/*run-2*"))) == 1  # not one a rank
 

@@ -14,7 +14,6 @@ import shlex
 import signal
 import sys
 from contextlib import suppress
-from operator import length_hint
 
 import pytorch_lightning as pl
 import torch
@@ -24,7 +23,7 @@ from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQ
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset, random_split
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, random_split
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_recall
 from torchvision import datasets, transforms
 
@@ -53,14 +52,14 @@ class DigitsDataModule(pl.LightningDataModule):
         self.dataset, self.data_dir, self.batch_size = dataset, data_dir, batch_size
 
     def prepare_data(self) -> None:
-        """Takes digits where MNIST can't be had. Raises ValueError, with the folder, for a named data set."""
+        """Takes digits where MNIST can't be had. Raises ValueError if it was named or is damaged."""
         name = self.dataset or "mnist"
         try:
             load_dataset(name, self.data_dir, train=True)
             load_dataset(name, self.data_dir, train=False)
         except Exception as error:
-            last_download = os.path.join(self.data_dir, "MNIST", "raw", "t10k-labels-idx1-ubyte")
-            if self.dataset or os.path.exists(last_download):
+            last_file = os.path.join(self.data_dir, "MNIST", "raw", "t10k-labels-idx1-ubyte")
+            if self.dataset or os.path.exists(last_file):  # MNIST is there, but damaged
                 raise ValueError(f"{name} in {self.data_dir} can't be read: {error}") from error
             print(f"No MNIST in {self.data_dir}, and no download: training on scikit-learn's digits instead.")
             self.dataset = "digits"
@@ -72,7 +71,7 @@ class DigitsDataModule(pl.LightningDataModule):
         generator = torch.Generator().manual_seed(0)
         if self.dataset == "digits":
             self.train, self.val, self.test = random_split(everything, [1413, 128, 256], generator)
-            self.train.indices *= 8  # they are few: an epoch goes over them eight times
+            self.train.indices *= 8  # a list, repeated: an epoch takes each sample eight times
         else:
             self.train, self.val = random_split(everything, [55_000, 5_000], generator)
             self.test = load_dataset(self.dataset, self.data_dir, train=False)
@@ -137,7 +136,7 @@ class DigitClassifier(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> dict:
-        """AdamW; the learning rate rises and falls once, as Smith and Topin do it (arXiv:1708.07120)."""
+        """AdamW; the rate rises for 30 % of the steps, then falls (Smith and Topin, arXiv:1708.07120)."""
         optimizer = torch.optim.AdamW(self.parameters(), self.hparams.lr, (0.9, 0.95), weight_decay=0.05)
         steps = self.trainer.estimated_stepping_batches
 
@@ -155,25 +154,24 @@ class ImagePredictionLogger(pl.Callback):
     """Shows in W&B what goes into a classifier and what comes out, after every validation and test epoch.
 
     Batches begin with (inputs, labels). A third tensor, int64 (N,), is taken as the samples' indices; without
-    it an index is the position in the loader, so don't shuffle it. Steps return the logits, (N, classes), or
+    it an index is the position in the loader, so don't shuffle that. Steps return the logits, (N, classes) or
     (N, 1) for two classes, alone or as "logits" in a dict; otherwise `pl_module(inputs)` computes them again.
-    Pictures show what the first layer with weights received, or the inputs where the shapes differ. To undo
-    normalisation, give mean and std, or give the LightningModule a method `denormalize`.
+    Pictures show what the first layer with weights received, or the inputs if that had another shape.
 
     Args:
         num_samples: how many `examples` (always the same) and `hardest` (highest loss) to show, up to 108.
         class_names: one for each class; by default their numbers.
-        mean, std: of the Normalize that the inputs went through, one number for each channel.
+        mean, std: of Normalize, one a channel, to undo it; a LightningModule's `denormalize` does that, too.
         unpack: takes (inputs, labels) out of other batches: `lambda batch: (batch["image"], batch["label"])`.
         to_media: shows what isn't a picture: `lambda wave, caption: wandb.Audio(wave, 16000, caption)`.
     """
 
     def __init__(self, num_samples=32, class_names=None, mean=None, std=None, unpack=tuple, to_media=None):
         self.num_samples, self.class_names, self.mean, self.std = num_samples, class_names, mean, std
-        self.unpack, self.to_media, self.layer_input = unpack, to_media or wandb.Image, None
+        self.unpack, self.to_media = unpack, to_media or wandb.Image
 
     def on_validation_epoch_start(self, trainer, pl_module, dataloader_idx=0):
-        self.dataloader_idx, self.outcomes, self.pictures = dataloader_idx, {}, {}
+        self.dataloader_idx, self.layer_input, self.outcomes, self.pictures = dataloader_idx, None, {}, {}
         first_layer = next(layer for layer in pl_module.modules() if list(layer.parameters(recurse=False)))
         self.hook = first_layer.register_forward_pre_hook(self.keep_layer_input)
 
@@ -188,20 +186,21 @@ class ImagePredictionLogger(pl.Callback):
             self.collect(trainer, pl_module, outputs, *self.unpack(batch))
         except Exception as error:
             raise ValueError("ImagePredictionLogger needs logits (N, classes), labels (N,) and pictures"
-                             f" (N, C, H, W), or as its docstring says: {error}") from error
+                             f" (N, C, H, W), or what its docstring says: {error}") from error
 
     def collect(self, trainer, pl_module, outputs, inputs, labels, indices=None, *others):
         """Keeps (label, prediction, loss, caption) of each sample, and the pictures of the few to show."""
         logits = outputs.get("logits") if isinstance(outputs, dict) else outputs
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             logits = pl_module(inputs)
-        logits = F.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits  # class 0 gets 0
+        logits = F.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits  # sigmoid(x) = softmax(0, x)
         logits, labels = logits.float().cpu(), labels.cpu().reshape(len(logits), -1).squeeze(1)
         names = self.names = self.class_names or [str(number) for number in range(logits.shape[1])]
-        if len(set(names)) != logits.shape[1] or (labels != labels.long()).any():
-            raise ValueError(f"{logits.shape[1]} classes, named {names}, and labels {labels}")
         if getattr(indices, "dtype", None) != torch.int64 or indices.shape != labels.shape:
             indices = self.find_positions(trainer, len(labels))
+        distinct = len(set(names)) == logits.shape[1] and len(set(indices.tolist())) == len(labels)
+        if not distinct or (labels != labels.long()).any():
+            raise ValueError(f"{logits.shape[1]} classes named {names}, labels {labels}, indices {indices}")
         losses = F.cross_entropy(logits, labels.long(), reduction="none")
         confidences, predictions = logits.softmax(dim=1).max(dim=1)
         columns = [column.tolist() for column in (indices, labels.long(), predictions, losses, confidences)]
@@ -212,11 +211,12 @@ class ImagePredictionLogger(pl.Callback):
         self.keep_examples_and_hardest()
 
     def find_positions(self, trainer, count):
-        """Positions in the loader. DistributedSampler deals them out in turn, at the end from the start."""
+        """Positions in the loader: of w ranks, rank r gets r, r + w, ...; past the end, from the start."""
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        dataset = getattr(CombinedLoader(loaders).flattened[self.dataloader_idx], "dataset", None)
+        sampler = getattr(CombinedLoader(loaders).flattened[self.dataloader_idx], "sampler", None)
+        length = len(sampler.dataset) if isinstance(sampler, DistributedSampler) else sys.maxsize
         seen = torch.arange(len(self.outcomes), len(self.outcomes) + count)
-        return (seen * trainer.world_size + trainer.global_rank) % length_hint(dataset, sys.maxsize)
+        return (seen * trainer.world_size + trainer.global_rank) % length
 
     def read_pictures(self, pl_module, inputs):
         if isinstance(self.layer_input, Tensor) and self.layer_input.shape == inputs.shape:
@@ -236,9 +236,9 @@ class ImagePredictionLogger(pl.Callback):
         return (inputs.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
     def keep_examples_and_hardest(self):
-        examples = sorted(self.pictures, key=lambda i: hash((i,)))[: self.num_samples]  # mixed, but fixed
+        examples = sorted(self.pictures, key=lambda i: hash((i,)))[: self.num_samples]  # a fixed shuffle
         hardest = sorted(self.pictures, key=lambda i: (-self.outcomes[i][2], i))[: self.num_samples]
-        self.pictures = {i: self.pictures[i].clone() for i in examples + hardest}  # no views of batches
+        self.pictures = {i: self.pictures[i].clone() for i in examples + hardest}  # a view keeps its batch
         return {"examples": examples, "hardest": hardest}
 
     def on_validation_epoch_end(self, trainer, pl_module):
@@ -248,7 +248,7 @@ class ImagePredictionLogger(pl.Callback):
         for rank in range(trainer.world_size):
             outcomes, pictures = trainer.strategy.broadcast(mine, src=rank)
             self.outcomes, self.pictures = self.outcomes | outcomes, self.pictures | pictures
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or not self.outcomes:
             return
         labels, predictions, *_ = zip(*self.outcomes.values())
         recall = multiclass_recall(torch.tensor(predictions), torch.tensor(labels), len(self.names), "none")
@@ -259,12 +259,11 @@ class ImagePredictionLogger(pl.Callback):
             panels[panel] = [self.to_media(self.pictures[i], caption=self.outcomes[i][3]) for i in indices]
         stage = "test" if trainer.testing else "val"
         suffix = f"/dataloader_idx_{self.dataloader_idx}" if self.dataloader_idx else ""
-        row = {f"{stage}/{name}{suffix}": panel for name, panel in panels.items()}
-        row["trainer/global_step"] = trainer.global_step  # if the module itself logs nothing
-        if wandb.run is not None and not trainer.sanity_checking:
-            for key, panel in row.items():
-                with suppress(wandb.errors.AuthenticationError):  # a chart needs the server; it may be away
-                    wandb.run.log({key: panel}, commit=False)  # in one row with Lightning's metrics
+        if wandb.run is not None and not trainer.sanity_checking:  # the row ends with Lightning's own metrics
+            for name, panel in panels.items():
+                with suppress(wandb.errors.AuthenticationError):  # a chart needs a server that answers
+                    wandb.run.log({f"{stage}/{name}{suffix}": panel}, commit=False)
+            wandb.run.log({"trainer/global_step": trainer.global_step}, commit=not trainer.logged_metrics)
         elif wandb.run is None and not trainer.fast_dev_run:
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
 
@@ -292,7 +291,7 @@ class StopAtBatchEnd(pl.Callback):
             if trainer.strategy.reduce_boolean_decision(self.signal_number > 0, all=False):
                 trainer.save_checkpoint(os.path.join(trainer.checkpoint_callback.dirpath, "last.ckpt"))
                 trainer.progress_bar_callback.train_progress_bar.close()  # at exit it would draw itself again
-                raise SystemExit(128 + (self.signal_number or signal.SIGTERM))
+                raise SystemExit(128 + (self.signal_number or signal.SIGTERM))  # or: on another rank
 
 
 # --------------------------------------------------------------------------------------------- command line
@@ -328,7 +327,7 @@ def check_checkpoint(path: str, model: DigitClassifier) -> None:
 
 
 def choose_mode(args: argparse.Namespace) -> str | None:
-    """Returns "offline" without credentials or an answer from W&B, else None, for W&B's own setting."""
+    """Returns "offline" if there are no credentials or W&B doesn't answer, else None: W&B's own setting."""
     try:
         if args.fast_dev_run or wandb.setup().settings.mode != "online" or wandb.login(prompt=False):
             return None
@@ -338,7 +337,7 @@ def choose_mode(args: argparse.Namespace) -> str | None:
 
 
 def make_trainer(args: argparse.Namespace) -> pl.Trainer:
-    if not min(args.lr, args.num_nodes, args.max_epochs, args.batch_size, args.num_samples) > 0:  # nor is NaN
+    if not min(args.lr, args.num_nodes, args.max_epochs, args.batch_size, args.num_samples) > 0:  # NaN isn't
         raise ValueError("lr, num_nodes, max_epochs, batch_size and num_samples must be greater than 0")
     if args.gpus is not None:
         args.accelerator, args.devices = ("gpu", args.gpus) if args.gpus else ("cpu", "auto")
@@ -381,17 +380,18 @@ def main(argv: list[str] | None = None) -> None:
                 wandb.run.log_model(best.best_model_path, f"model-{wandb.run.id}", aliases=["best"])
         status = 0
     except SystemExit as stop:
-        status = stop.code or 128 + signal.SIGTERM  # Lightning's own exit has no code
+        status = stop.code or 128 + signal.SIGTERM  # before the first batch, Lightning exits without code
     finally:
         run = wandb.run
         wandb.finish(exit_code=status)
     if run is not None and not run.disabled:
-        folder, checkpoint = os.path.relpath(run.sync_dir), os.path.relpath(best.dirpath + "/last.ckpt")
+        folder = os.path.relpath(run.sync_dir)
+        checkpoint = os.path.relpath(f"{best.dirpath}/last.ckpt" if status else best.best_model_path)
         print(f"See the run: wandb leet {folder}\nUpload it: wandb sync {folder}\nCheckpoint: {checkpoint}")
         if status:
             flags = shlex.join([*(sys.argv[1:] if argv is None else argv), "--ckpt_path", checkpoint])
             print(f"Resume it: WANDB_RUN_ID={run.id} python train.py {flags}")
-    if status and trainer.local_rank == 0:  # a status from other ranks would make Lightning kill this one
+    if status and trainer.local_rank == 0:  # if another rank exited first, Lightning would kill this one
         sys.exit(status)
 
 
