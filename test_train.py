@@ -111,6 +111,7 @@ def send(number, at_step):
     def on_train_batch_start(self, batch, batch_idx):
         if self.global_step == at_step and self.global_rank == 0:
             os.kill(os.getpid(), number)
+            assert signal.getsignal(number) is signal.SIG_DFL  # a second one kills
     return on_train_batch_start
 
 
@@ -173,7 +174,7 @@ def test_panels_show_what_the_best_checkpoint_says_and_it_is_an_artifact(healthy
         if label == prediction:
             assert healthy.last(f"test/recall/{label}") == pytest.approx(count / has_label.sum().item())
     configs = [record["config"].get("update", {}) for record in healthy.records if "config" in record]
-    assert model.hparams["max_epochs"] == 2 and any(model.hparams.items() <= config.items() for config in configs)
+    assert model.hparams["max_epochs"] == 2 and any(model.hparams.items() <= c.items() for c in configs)
     (models,) = [r["artifact"] for r in healthy.records if "best" in r.get("artifact", {}).get("aliases", [])]
     assert models["manifest"]["contents"][0]["path"] == Path(best).name
 
@@ -315,8 +316,7 @@ def test_floats_beyond_0_to_1_are_stretched_with_a_warning():
     with pytest.warns(UserWarning, match="ImagePredictionLogger stretches .* give mean and std"):
         run = validate([NORMALIZED], net())
     for i, pixels in run.pictures("val/hardest").items():
-        stretched = np.interp(IMAGES[i, 0], (IMAGES[i].min(), IMAGES[i].max()), (0, 255))
-        assert abs(stretched - pixels).max() < 1
+        assert abs(np.interp(IMAGES[i, 0], (IMAGES[i].min(), IMAGES[i].max()), (0, 255)) - pixels).max() < 1
 
 
 def test_two_loaders_of_text():

@@ -161,9 +161,9 @@ class ImagePredictionLogger(pl.Callback):
     Args:
         num_samples: how many `examples` (always the same) and `hardest` (highest loss) to show, up to 108.
         class_names: one for each class; by default their numbers.
-        mean, std: of Normalize, one a channel, to undo it; a LightningModule's `denormalize` does that, too.
+        mean, std: of Normalize, one a channel, to undo it; or give the LightningModule a `denormalize`.
         unpack: takes (inputs, labels) out of other batches: `lambda batch: (batch["image"], batch["label"])`.
-        to_media: shows what isn't a picture: `lambda wave, caption: wandb.Audio(wave, 16000, caption)`.
+        to_media: shows other inputs: `lambda wave, caption: wandb.Audio(wave.squeeze(), 16000, caption)`.
     """
 
     def __init__(self, num_samples=32, class_names=None, mean=None, std=None, unpack=tuple, to_media=None):
@@ -185,8 +185,8 @@ class ImagePredictionLogger(pl.Callback):
         try:
             self.collect(trainer, pl_module, outputs, *self.unpack(batch))
         except Exception as error:
-            raise ValueError("ImagePredictionLogger needs logits (N, classes), labels (N,) and pictures"
-                             f" (N, C, H, W), or what its docstring says: {error}") from error
+            raise ValueError("ImagePredictionLogger needs batches of pictures (N, C, H, W) and labels (N,),"
+                             f" and logits (N, classes), or what its docstring says: {error}") from error
 
     def collect(self, trainer, pl_module, outputs, inputs, labels, indices=None, *others):
         """Keeps (label, prediction, loss, caption) of each sample, and the pictures of the few to show."""
@@ -201,14 +201,16 @@ class ImagePredictionLogger(pl.Callback):
         distinct = len(set(names)) == logits.shape[1] and len(set(indices.tolist())) == len(labels)
         if not distinct or (labels != labels.long()).any():
             raise ValueError(f"{logits.shape[1]} classes named {names}, labels {labels}, indices {indices}")
-        losses = F.cross_entropy(logits, labels.long(), reduction="none")
+        losses = F.cross_entropy(logits, labels.long(), reduction="none").nan_to_num(math.inf)
         confidences, predictions = logits.softmax(dim=1).max(dim=1)
         columns = [column.tolist() for column in (indices, labels.long(), predictions, losses, confidences)]
         for index, label, prediction, loss, confidence in zip(*columns):
             caption = f"Pred: {names[prediction]} ({confidence:.0%}), Label: {names[label]} (#{index})"
-            self.outcomes[index] = label, prediction, loss, caption
-        self.pictures.update(zip(columns[0], self.read_pictures(pl_module, inputs)))
+            self.outcomes[index], self.pictures[index] = (label, prediction, loss, caption), None
         self.keep_examples_and_hardest()
+        inputs = self.layer_input if getattr(self.layer_input, "shape", None) == inputs.shape else inputs
+        kept = [pair for pair in zip(columns[0], inputs) if pair[0] in self.pictures]  # few, in later batches
+        self.pictures.update({index: self.read_picture(pl_module, picture) for index, picture in kept})
 
     def find_positions(self, trainer, count):
         """Positions in the loader: of w ranks, rank r gets r, r + w, ...; past the end, from the start."""
@@ -218,27 +220,25 @@ class ImagePredictionLogger(pl.Callback):
         seen = torch.arange(len(self.outcomes), len(self.outcomes) + count)
         return (seen * trainer.world_size + trainer.global_rank) % length
 
-    def read_pictures(self, pl_module, inputs):
-        if isinstance(self.layer_input, Tensor) and self.layer_input.shape == inputs.shape:
-            inputs = self.layer_input
-        if self.to_media is wandb.Image and (inputs.ndim != 4 or inputs.shape[1] not in (1, 3)):
-            raise ValueError(f"inputs {tuple(inputs.shape)} are no pictures, so give to_media")
-        if self.to_media is not wandb.Image or not inputs.is_floating_point():
-            return inputs.cpu()
+    def read_picture(self, pl_module, picture):
+        if self.to_media is wandb.Image and (picture.ndim != 3 or picture.shape[0] not in (1, 3)):
+            raise ValueError(f"inputs {tuple(picture.shape)} are no pictures, so give to_media")
+        if self.to_media is not wandb.Image or not picture.is_floating_point():
+            return picture.cpu().clone()  # a view would keep the whole batch
         if self.mean is not None:
-            mean, std = (inputs.new_tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
-            inputs = inputs * std + mean
+            mean, std = (picture.new_tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
+            picture = picture * std + mean
         elif hasattr(pl_module, "denormalize"):
-            inputs = pl_module.denormalize(inputs)
-        elif not 0 <= inputs.min() <= inputs.max() <= 1:
+            picture = pl_module.denormalize(picture[None])[0]
+        elif not 0 <= picture.min() <= picture.max() <= 1:
             rank_zero_warn("ImagePredictionLogger stretches values from outside 0 to 1: give mean and std.")
-            inputs = transforms.functional.autocontrast(inputs)
-        return (inputs.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+            picture = transforms.functional.autocontrast(picture)
+        return (picture.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
     def keep_examples_and_hardest(self):
         examples = sorted(self.pictures, key=lambda i: hash((i,)))[: self.num_samples]  # a fixed shuffle
         hardest = sorted(self.pictures, key=lambda i: (-self.outcomes[i][2], i))[: self.num_samples]
-        self.pictures = {i: self.pictures[i].clone() for i in examples + hardest}  # a view keeps its batch
+        self.pictures = {i: self.pictures[i] for i in examples + hardest}
         return {"examples": examples, "hardest": hardest}
 
     def on_validation_epoch_end(self, trainer, pl_module):
