@@ -27,6 +27,7 @@ SCRIPT = Path(train.__file__)
 DIGITS = ["--dataset", "digits", "--accelerator", "cpu"]
 KEY = "0123456789abcdef" * 2 + "01234567"
 HEALTHY = [*DIGITS, "--max_epochs", "2", "--num_samples", "100", "--lr", "0.01"]
+torch.set_num_threads(1)  # the processes below share two cores with these tests
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec")  # Lightning warns at each self.log
 
 
@@ -117,7 +118,7 @@ def send(number, at_step):
 
 @pytest.fixture(scope="module")
 def processes(healthy, tmp_path_factory):
-    """Three runs side by side: {folder: process}."""
+    """Three runs, side by side and beside the tests that follow: {folder: process}."""
     two, resumed = ["--devices", "2", "--strategy", "ddp"], ["--ckpt_path", healthy.checkpoint()]
     unreachable = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}
     started = {}
@@ -141,7 +142,7 @@ def test_fast_dev_run_goes_through_the_callback_and_leaves_no_file(monkeypatch):
         main(["--fast_dev_run"])
 
 
-def test_a_validation_is_one_row_and_a_healthy_one_raises_no_alarm(healthy):
+def test_a_validation_is_one_row_and_a_healthy_one_raises_no_alarm(healthy, processes):
     first, second = healthy.rows("val/examples.captions")  # and none of the sanity check
     keys = {"val/loss", "val/hardest.captions", "val/recall/0", "val/confusion_matrix_table.path"}
     assert keys <= set(first) and keys <= set(second)
@@ -215,7 +216,7 @@ def test_a_class_that_is_always_wrong_is_a_recall_of_zero(monkeypatch):
 
 def test_a_wrong_accuracy_is_contradicted_by_the_captions(monkeypatch):
     accuracy = train.multiclass_accuracy
-    monkeypatch.setattr(train, "multiclass_accuracy", lambda p, y, **flags: accuracy(p, y.roll(1), **flags))
+    monkeypatch.setattr(train, "multiclass_accuracy", lambda p, y, *a, **k: accuracy(p, y.roll(1), *a, **k))
     run = broken_run(monkeypatch)
     assert run.captions_contradict_accuracy()
     assert run.last("val/accuracy") < 0.3 and run.last("val/recall/0") > 0.8  # the captions are right
@@ -354,8 +355,7 @@ def test_an_interrupted_run_is_resumed_by_its_last_line_and_for_more_epochs(monk
         main([*DIGITS, "--max_epochs", "2"])
     stopped = Run()
     assert stop.value.code == 130 and stopped.exit_code == [130]
-    last_line = capsys.readouterr().out.strip().splitlines()[-1]
-    run_id, python, script, *flags = shlex.split(last_line.removeprefix("Resume it: "))
+    run_id, python, script, *flags = shlex.split(capsys.readouterr().out.split("Resume it: ")[1])
     assert (python, script) == ("python", "train.py")
     wandb.teardown()  # which has read the environment
     monkeypatch.setenv(*run_id.split("="))
