@@ -117,6 +117,8 @@ class DigitClassifier(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels, _ = batch
         logits = self(torch.cat([self.augment(part) for part in images.chunk(4)]))  # four crops cost nothing
+        if (self.global_step + 1) % self.trainer.log_every_n_steps:  # not logged, so save the milliseconds
+            return F.cross_entropy(logits, labels)
         return self.log_metrics("train", logits, labels)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -139,11 +141,9 @@ class DigitClassifier(pl.LightningModule):
         """AdamW; the rate rises for 30 % of the steps, then falls (Smith and Topin, arXiv:1708.07120)."""
         optimizer = torch.optim.AdamW(self.parameters(), self.hparams.lr, (0.9, 0.95), weight_decay=0.05)
         steps = self.trainer.estimated_stepping_batches
-
         def one_cycle(step: int) -> float:
             progress = (step + 1) / steps
             return min(progress / 0.3, 0.5 + 0.5 * math.cos(math.pi * (progress - 0.3) / 0.7))
-
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
