@@ -7,14 +7,12 @@ wandb leet wandb/latest-run                      # look at the run, without an a
 """
 
 import argparse
-import itertools
 import math
 import os
-import signal
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,14 +23,11 @@ import wandb
 from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, random_split
-from torchvision import datasets, transforms
+from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
+from torchvision import transforms
+from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
-DATASETS = {
-    "mnist": datasets.MNIST,
-    "fashion-mnist": datasets.FashionMNIST,
-    "kmnist": datasets.KMNIST,
-}
+DATASETS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}
 MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels, from 0 to 1
 
 
@@ -41,10 +36,9 @@ def load_dataset(name: str, data_dir: str, train: bool) -> TensorDataset:
     if name == "digits":  # scikit-learn ships 1,797 of them, with 8 x 8 pixels from 0 to 16
         from sklearn.datasets import load_digits
 
-        digits = load_digits()
-        pixels = torch.tensor(digits.images * (255 / 16))[:, None]
-        images = F.interpolate(pixels, size=28, mode="bilinear").round().byte()
-        return TensorDataset(images, torch.tensor(digits.target))
+        pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
+        images = F.interpolate(pixels.view(-1, 1, 8, 8) * (255 / 16), size=28, mode="bilinear")
+        return TensorDataset(images.round().byte(), labels)
     dataset = DATASETS[name](data_dir, train)
     return TensorDataset(dataset.data[:, None], dataset.targets)
 
@@ -57,56 +51,50 @@ class DigitsDataModule(pl.LightningDataModule):
 
     def __init__(self, dataset: str | None, data_dir: str, batch_size: int) -> None:
         super().__init__()
-        self.dataset = dataset
-        self.data_dir = data_dir
-        self.batch_size = batch_size
-        self.random_crop = transforms.RandomCrop(28, padding=1)
-        self.normalize = transforms.Normalize(MEAN, STD)
-
-    def has_mnist(self) -> bool:
-        last_file = "MNIST/raw/t10k-labels-idx1-ubyte"
-        return os.path.exists(os.path.join(self.data_dir, last_file))
+        self.save_hyperparameters()
+        self.mnist_file = os.path.join(data_dir, "MNIST/raw/t10k-labels-idx1-ubyte")
 
     def prepare_data(self) -> None:
         """Downloads what is missing. Lightning calls this in one process on each machine."""
-        if self.dataset == "digits":
+        name = self.hparams.dataset
+        if name == "digits":
             return
         try:
-            DATASETS[self.dataset or "mnist"](self.data_dir, download=True)
+            DATASETS[name or "mnist"](self.hparams.data_dir, download=True)
         except (RuntimeError, OSError):
-            if self.dataset is not None or self.has_mnist():  # then it is damaged
+            if name is not None or os.path.exists(self.mnist_file):  # then it is damaged
                 raise
             print("MNIST can't be downloaded, so scikit-learn's digits take its place.")
 
     def setup(self, stage: str) -> None:
         """Splits the data in the same way for every seed."""
-        name = self.dataset or ("mnist" if self.has_mnist() else "digits")
-        self.dataset = self.trainer.strategy.broadcast(name)
-        self.save_hyperparameters({"dataset": self.dataset})  # into W&B's config
-        data = load_dataset(self.dataset, self.data_dir, train=True)
+        name = self.hparams.dataset or ("mnist" if os.path.exists(self.mnist_file) else "digits")
+        name = self.trainer.strategy.broadcast(name)
+        self.save_hyperparameters({"dataset": name})  # into W&B's config, too
+        data = load_dataset(name, self.hparams.data_dir, train=True)
         generator = torch.Generator().manual_seed(0)
-        if self.dataset == "digits":
+        if name == "digits":
             train, self.val, self.test = random_split(data, [1413, 128, 256], generator)
             self.train = Subset(train, list(range(1413)) * 8)  # an epoch takes each eight times
         else:
             self.train, self.val = random_split(data, [55_000, 5_000], generator)
-            self.test = load_dataset(self.dataset, self.data_dir, train=False)
+            self.test = load_dataset(name, self.hparams.data_dir, train=False)
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, self.batch_size, shuffle=True)
+        return DataLoader(self.train, self.hparams.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val, self.batch_size)
+        return DataLoader(self.val, self.hparams.batch_size)
 
     def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.test, self.batch_size)
+        return DataLoader(self.test, self.hparams.batch_size)
 
     def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
         """Crops training images and normalises all images, on the device."""
         images, labels = batch
         if self.trainer.training:
-            images = self.random_crop(images)
-        images = self.normalize(images / 255)
+            images = transforms.RandomCrop(28, padding=1)(images)
+        images = transforms.functional.normalize(images / 255, [MEAN], [STD])
         return [self.trainer.precision_plugin.convert_input(images), labels]
 
 
@@ -116,14 +104,12 @@ class DigitClassifier(pl.LightningModule):
     def __init__(self, lr: float = 0.015) -> None:
         super().__init__()
         self.save_hyperparameters()
-        # fmt: off
         self.network = nn.Sequential(
             nn.Conv2d(1, 16, 5, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.ReLU(),
             nn.Conv2d(16, 32, 3, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(32), nn.ReLU(),
             nn.Conv2d(32, 128, 3, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
             nn.Flatten(), nn.Linear(128 * 3 * 3, 10),
-        )
-        # fmt: on
+        )  # fmt: skip
         self.network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
 
     def forward(self, images: Tensor) -> Tensor:
@@ -137,17 +123,14 @@ class DigitClassifier(pl.LightningModule):
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         logits = self(images)
-        self.log_metrics("val", logits, labels)
+        self.log_metrics("test" if self.trainer.testing else "val", logits, labels)
         return logits  # for ImagePredictionLogger
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        logits = self(images)
-        self.log_metrics("test", logits, labels)
-        return logits  # for ImagePredictionLogger
+        return self.validation_step(batch, batch_idx)
 
     def log_metrics(self, stage: str, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logs loss and accuracy, for validation and test as means over the set. Returns the loss."""
+        """Logs loss and accuracy, in validation and test as means over all. Returns the loss."""
         loss = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         metrics = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
@@ -156,26 +139,24 @@ class DigitClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> dict:
         """The learning rate rises for 30 % of the steps, then falls to 0 (arXiv:1708.07120)."""
-        optimizer = torch.optim.AdamW(
-            self.parameters(), self.hparams.lr, betas=(0.9, 0.95), weight_decay=0.05
-        )
+        lr = self.hparams.lr
+        optimizer = torch.optim.AdamW(self.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.05)
         num_steps = self.trainer.estimated_stepping_batches
 
         def one_cycle(step: int) -> float:
             progress = min((step + 1) / num_steps, 1)  # a resumed run may take more steps
-            if progress < 0.3:
-                return progress / 0.3
-            return 0.5 + 0.5 * math.cos(math.pi * (progress - 0.3) / 0.7)
+            return min(progress / 0.3, 0.5 + 0.5 * math.cos(math.pi * (progress - 0.3) / 0.7))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+@dataclass(eq=False)
 class ImagePredictionLogger(pl.Callback):
     """Shows in Weights & Biases which samples a classifier gets wrong.
 
     After each validation and test epoch it logs the samples with the highest loss ("hardest"), some
-    that are always the same ("examples"), each class's recall, the lowest recall, and, for up to 100
+    that are always the same ("examples"), each class's recall, the lowest recall and, for up to 100
     classes, a confusion matrix. Samples with a negative label are left out.
 
     Batches start with inputs (N, ...) and labels (N,). Steps return logits, float (N, classes), or
@@ -188,24 +169,15 @@ class ImagePredictionLogger(pl.Callback):
         class_names: One for each class. By default, they are numbered.
         mean, std: What Normalize was given for each channel, to undo it.
         unpack: Takes inputs and labels out of a batch of another form.
-        to_media: Makes one of W&B's media of an input and its `caption`. Inputs (C, H, W), or with
-            more dimensions, come as uint8; others as they are, or as float32.
+        to_media: Makes W&B media of an input, uint8 if it has 3 dimensions or more, and `caption`.
     """
 
-    def __init__(
-        self,
-        num_samples: int = 32,
-        class_names: Sequence[str] | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        unpack: Callable | None = None,
-        to_media: Callable | None = None,
-    ) -> None:
-        self.num_samples = num_samples
-        self.class_names = class_names
-        self.mean, self.std = mean, std
-        self.unpack = unpack
-        self.to_media = to_media
+    num_samples: int = 32
+    class_names: Sequence[str] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    unpack: Callable | None = None
+    to_media: Callable | None = None
 
     def on_validation_epoch_start(self, trainer, module):
         self.rows = defaultdict(list)  # for each loader, what `judge` returns for each batch
@@ -220,10 +192,10 @@ class ImagePredictionLogger(pl.Callback):
                     logits = module(inputs)
             self.rows[dataloader_idx].append(self.judge(logits, labels))
         except Exception as error:
-            raise ValueError(
-                "ImagePredictionLogger needs inputs and labels (N,) from the batch, or `unpack`, and"
-                f" logits (N, classes) or (N, 1) from the step, or from `forward`: {error!r}"
-            ) from error
+            needs = (
+                "labels (N,) from batch or `unpack`, logits (N, classes) or (N, 1) from the step"
+            )
+            raise ValueError(f"ImagePredictionLogger needs {needs}, but: {error!r}") from error
 
     def on_validation_epoch_end(self, trainer, module):
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
@@ -241,18 +213,15 @@ class ImagePredictionLogger(pl.Callback):
         return inputs, labels.reshape(len(labels))
 
     def judge(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns label, prediction, confidence and loss, float32 (N, 4), without waiting for them."""
-        logits = logits.float()
+        """Returns label, prediction, confidence, loss and sum of the logits, float32 (N, 5)."""
+        logits = logits.float()  # nothing here waits for the device
         if logits.shape[1] == 1:
             logits = F.pad(logits, (1, 0))  # sigmoid(x) is the second value of softmax([0, x])
-        else:  # rows that sum to one are probabilities, and softmax undoes the logarithm
-            sums_are_one = ((logits.sum(dim=1) - 1).abs() < 0.01).all()
-            logits = torch.where(sums_are_one & (logits >= 0).all(), logits.log(), logits)
         self.names = self.name_classes(logits.shape[1])
-        labels = labels.clamp(min=-1)
         confidences, predictions = logits.softmax(dim=1).max(dim=1)
-        losses = F.cross_entropy(logits, labels.long(), ignore_index=-1, reduction="none")
-        return torch.stack([labels.float(), predictions.float(), confidences, losses], dim=1)
+        losses = F.cross_entropy(logits, labels.long().clamp(-1), ignore_index=-1, reduction="none")
+        columns = labels.float(), predictions.float(), confidences, losses, logits.sum(dim=1)
+        return torch.stack(columns, dim=1)
 
     def name_classes(self, count: int) -> list[str]:
         names = range(count) if self.class_names is None else self.class_names
@@ -262,32 +231,29 @@ class ImagePredictionLogger(pl.Callback):
         return [str(name) if are_distinct else f"{name} ({i})" for i, name in enumerate(names)]
 
     def gather_rows(self, trainer, loader, batches: list[Tensor]) -> np.ndarray:
-        """Joins the rows of all processes, and puts each sample's index, or NaN, before its row.
-
-        Returns float64 (N, 5), with each index once, and without negative labels.
-        """
+        """Joins all processes' samples, each once, and puts its index (or NaN) before its row."""
         indices = []
-        if loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            for batch_indices in itertools.islice(loader.batch_sampler, len(batches)):
+        if getattr(loader, "batch_sampler", None) is not None:
+            for _, batch_indices in zip(batches, loader.batch_sampler, strict=False):
                 indices.extend(batch_indices)
-        rows = torch.cat(batches).cpu().numpy() if batches else np.empty((0, 4))
+        rows = torch.cat(batches).cpu().numpy() if batches else np.empty((0, 5))
         if len(indices) != len(rows):
-            indices = np.full(len(rows), np.nan)
-        mine = np.column_stack([indices, rows])
+            indices = [None] * len(rows)  # which becomes NaN
+        mine = np.column_stack([np.array(indices, dtype=float), rows])
         parts = [trainer.strategy.broadcast(mine, src=rank) for rank in range(trainer.world_size)]
         rows = np.concatenate(parts)
-        _, first_places = np.unique(rows[:, 0], return_index=True, equal_nan=False)
-        rows = rows[first_places]
+        rows = rows[np.unique(rows[:, 0], return_index=True, equal_nan=False)[1]]
         return rows[rows[:, 1] >= 0]
 
     def log_panels(self, trainer, module, dataloader_idx, loader, rows: np.ndarray) -> None:
         labels, predictions = rows[:, 1].astype(int), rows[:, 2].astype(int)
         if (labels != rows[:, 1]).any():
             raise ValueError("ImagePredictionLogger needs labels that are whole numbers")
+        if np.allclose(rows[:, 5], 1, atol=0.01):
+            raise ValueError("ImagePredictionLogger needs logits: return them, not probabilities")
         panels = {}
         for label in np.unique(labels):
-            recall = np.mean(predictions[labels == label] == label).item()
-            panels[f"recall/{self.names[label]}"] = recall
+            panels[f"recall/{self.names[label]}"] = np.mean(predictions[labels == label] == label)
         stage = "test" if trainer.testing else "val"
         suffix = f"/dataloader_idx_{dataloader_idx}" if dataloader_idx > 0 else ""
         key = f"{stage}/lowest_recall{suffix}"  # Lightning logs it, and so completes W&B's row
@@ -336,9 +302,7 @@ class ImagePredictionLogger(pl.Callback):
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
             picture = picture * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
         elif picture.min() < 0 or picture.max() > 1:
-            rank_zero_warn(
-                "ImagePredictionLogger stretches the values of pictures: give mean, std."
-            )
+            rank_zero_warn("ImagePredictionLogger stretches values of pictures: give mean and std.")
             picture = picture - picture.min()
             picture = picture / picture.max().clamp(min=1e-9)
         return (picture.clamp(0, 1) * 255).round().byte()
@@ -357,61 +321,43 @@ class ImagePredictionLogger(pl.Callback):
                 rank_zero_warn(f"ImagePredictionLogger could not log {key}: {error}")
 
 
-def positive_int(text: str) -> int:
-    number = int(text)
-    if number <= 0:
-        raise ValueError
-    return number
-
-
-def positive_float(text: str) -> float:
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise ValueError
-    return number
-
-
 def make_parser() -> argparse.ArgumentParser:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--gpus", type=int, help="short for --accelerator gpu --devices GPUS; 0 means the CPU")
     add("--accelerator", default="auto", help="cpu, gpu, tpu, mps or auto")
     add("--devices", default="auto", help="how many, or which, as in 0,1, or -1 for all")
     add("--strategy", default="auto", help="ddp, fsdp, ...")
-    add("--num_nodes", type=positive_int, default=1, help="number of machines")
+    add("--num_nodes", type=int, default=1, help="number of machines")
     add("--precision", default="32-true", help="32-true, 16-mixed, bf16-mixed, ...")
-    add("--max_epochs", type=positive_int, default=5, help="passes over the training set")
+    add("--max_epochs", type=int, default=5, help="passes over the training set")
     add("--fast_dev_run", action="store_true", help="one batch of everything; writes no file")
-    add("--batch_size", type=positive_int, default=128, help="samples in a batch of one device")
-    add("--lr", type=positive_float, default=0.015, help="highest learning rate of the schedule")
+    add("--batch_size", type=int, default=128, help="samples in a batch of one device")
+    add("--lr", type=float, default=0.015, help="highest learning rate of the schedule")
     add("--seed", type=int, default=0, help="for weights, order and random crops")
     add("--dataset", choices=[*DATASETS, "digits"], help="by default mnist, or else digits")
     add("--data_dir", default="data", help="where the data set is, or will be downloaded to")
-    add("--num_samples", type=positive_int, default=32, help="pictures in a panel, up to 108")
+    add("--num_samples", type=int, default=32, help="pictures in a panel, up to 108")
     add("--ckpt_path", help="checkpoint to resume from")
     add("--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"), help="of W&B")
     return parser
 
 
 def choose_wandb_mode() -> str | None:
-    """Returns "offline" without an account or an answer, otherwise None: W&B's own settings."""
-    if wandb.setup().settings.mode != "online":
-        return None
-    try:
-        has_account = wandb.login(prompt=False)
-    except wandb.errors.AuthenticationError as error:
-        rank_zero_info(f"W&B can't be used online, so the run is recorded offline: {error}")
-        return "offline"
-    return None if has_account else "offline"
+    """Returns "offline" without an account or an answer, else None: W&B's own settings."""
+    with suppress(wandb.errors.AuthenticationError):
+        if wandb.setup().settings.mode != "online" or wandb.login(prompt=False):
+            return None
+    rank_zero_info("W&B has no account here or does not answer, so the run is recorded offline.")
+    return "offline"
 
 
 def make_trainer(args: argparse.Namespace) -> pl.Trainer:
     if args.gpus is not None:
-        args.accelerator = "gpu" if args.gpus else "cpu"
-        args.devices = args.gpus or "auto"
+        args.accelerator, args.devices = ("gpu", args.gpus) if args.gpus else ("cpu", "auto")
     has_names = args.dataset in ("fashion-mnist", "kmnist")
     class_names = DATASETS[args.dataset].classes if has_names else None
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; W&B would wait for ever
     mode = None if args.fast_dev_run else choose_wandb_mode()
     return pl.Trainer(
         accelerator=args.accelerator,
@@ -426,7 +372,6 @@ def make_trainer(args: argparse.Namespace) -> pl.Trainer:
         callbacks=[
             ImagePredictionLogger(args.num_samples, class_names, [MEAN], [STD]),
             pl.callbacks.LearningRateMonitor(),
-            pl.callbacks.TQDMProgressBar(refresh_rate=20),
             pl.callbacks.EarlyStopping("val/loss", patience=args.max_epochs),  # only if it is NaN
             pl.callbacks.ModelCheckpoint(monitor="val/loss"),
             pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),
@@ -438,33 +383,37 @@ def main(argv: list[str] | None = None) -> None:
     """Trains, then tests with the checkpoint of the lowest validation loss."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; W&B would wait for ever
+    for flag in ("lr", "num_nodes", "max_epochs", "batch_size", "num_samples"):
+        if not 0 < getattr(args, flag) < math.inf:
+            parser.error(f"--{flag} must be greater than 0")
     pl.seed_everything(args.seed, verbose=False)
     try:
         trainer = make_trainer(args)
         trainer.logger.log_hyperparams(vars(args))  # starts the run
     except Exception as error:
         parser.error(" ".join(str(error).split()))
-
     model = DigitClassifier(args.lr)
     dataset = args.dataset or ("digits" if args.fast_dev_run else None)
     data = DigitsDataModule(dataset, args.data_dir, args.batch_size)
+    status = 1
     try:  # weights_only: nothing in a checkpoint is executed
         trainer.fit(model, data, ckpt_path=args.ckpt_path, weights_only=True)
         if not all(metric.isfinite() for metric in trainer.callback_metrics.values()):
-            if trainer.is_global_zero:  # if others failed first, Lightning would kill this process
-                raise FloatingPointError("the loss is not finite any more: try a lower --lr")
-            return
+            if not trainer.is_global_zero:
+                return  # with status 0, or Lightning would kill the first process before it ends
+            raise FloatingPointError("the loss is not finite any more: try a lower --lr")
         best_path = trainer.checkpoint_callback.best_model_path
         trainer.test(model, data, ckpt_path=best_path or None, weights_only=True)
-        if best_path:
-            with suppress(wandb.errors.CommError):  # the checkpoint is on the disk all the same
-                trainer.logger.experiment.log_model(best_path, "digit-classifier", ["best"])
-            trainer.print(f"The best checkpoint is {best_path}")
+        with suppress(wandb.errors.CommError):  # the checkpoint is on the disk all the same
+            trainer.logger.experiment.log_model(best_path, "digit-classifier", ["best"])
+        trainer.print(f"Checkpoint: {best_path}")
+        status = 143 if trainer.received_sigterm else 0
     except SIGTERMException:
-        pass  # it would end the process with status 0
-    if trainer.received_sigterm and trainer.is_global_zero:
-        sys.exit(128 + signal.SIGTERM)
+        status = 143  # Lightning would end with 0
+    finally:
+        wandb.finish(exit_code=status)
+    if status != 0 and trainer.is_global_zero:
+        raise SystemExit(status)
 
 
 if __name__ == "__main__":
