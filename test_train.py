@@ -1,6 +1,7 @@
 """Each test proves a claim of the README on real parts: training, offline W&B runs, signals, processes."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -576,32 +577,60 @@ STOPPED = {  # what happens, when, on how many processes: the exit status
     "SIGTERM sanity 1": 143,
     "SIGTERM test 1": 143,
     "SIGINT train 1": 1,
+    "SIGINT test 1": 1,
+    "nan train 1": 1,
     "SIGTERM train 2": 143,
     "nan train 2": 1,
 }
 
 
-def start(folder, *command, **variables):
-    path = {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+def main_that_is_stopped(what):
+    event, when, devices = what.split()
+
+    def happen(module, *_):
+        if event == "nan":
+            module.network[0].weight.data.fill_(torch.nan)
+        elif module.global_rank == 0 and module.global_step == (20 if when == "train" else 0):
+            os.kill(os.getpid(), signal.Signals[event])
+
+    if when == "test":
+        DigitClassifier.on_test_start = lambda module: os.kill(os.getpid(), signal.Signals[event])
+    else:
+        hook = {"train": "on_train_batch_start", "sanity": "on_validation_batch_start"}[when]
+        setattr(DigitClassifier, hook, happen)
+    main([*DIGITS, "--max_epochs", "1", "--devices", devices])
+
+
+def start(*command, **variables):
+    path = {"PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1", "WANDB_SILENT": "false"}
+    output = {"stdout": open("output", "w"), "stderr": subprocess.STDOUT}  # noqa: SIM115
     command = [sys.executable, *map(str, command)]
-    return subprocess.Popen(command, cwd=folder, env={**os.environ, **path, **variables}, **output)
+    return subprocess.Popen(command, env={**os.environ, **path, **variables}, **output)
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """{what: (process, folder)}, all started at once."""
-    folders = {what: tmp_path_factory.mktemp("stopped") for what in STOPPED}
-    return {what: (start(folder, __file__, what), folder) for what, folder in folders.items()}
+def fork(what):
+    def run():
+        os.dup2(os.open("output", os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(1, 2)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+        main_that_is_stopped(what)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
 @pytest.mark.parametrize("what", STOPPED)
-def test_a_run_that_is_stopped_or_diverges_is_not_called_finished(stopped, what):
-    process, folder = stopped[what]
-    output = process.communicate(timeout=120)[0]
-    run = Run(folder)
-    assert (process.returncode, run.exit_codes) == (STOPPED[what], [STOPPED[what]]), output
-    assert ("best checkpoint" in output) == ("test" in what)
+def test_a_run_that_is_stopped_or_diverges_is_not_called_finished(what):
+    if what.endswith("2"):
+        status = start(__file__, what).wait(timeout=120)
+    else:
+        process = fork(what)
+        process.join(timeout=120)
+        status = process.exitcode
+    output, run = Path("output").read_text(), Run()
+    assert (status, run.exit_codes) == (STOPPED[what], [STOPPED[what]]), output
+    assert "Checkpoint: " not in output and not run.rows("test/hardest.captions")
     if "nan" in what:
         assert "the loss is not finite" in output.strip().splitlines()[-1]
         assert not any(r.get("artifact", {}).get("aliases") == ["best"] for r in run.records)
@@ -609,11 +638,13 @@ def test_a_run_that_is_stopped_or_diverges_is_not_called_finished(stopped, what)
 
 def test_a_tracker_out_of_reach_does_not_stop_the_training():
     server = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": KEY}
-    process = start(".", SCRIPT, *DIGITS, "--max_epochs", "1", WANDB_MODE="online", **server)
-    output = process.communicate(timeout=120)[0]
+    process = start(SCRIPT, *DIGITS, "--max_epochs", "1", WANDB_MODE="online", **server)
+    assert process.wait(timeout=120) == 0
+    output = Path("output").read_text()
     run = Run()
-    assert output.count("W&B can't be used online") == 1 and KEY not in output
-    assert process.returncode == 0 and run.exit_codes == [0] and run.rows("test/hardest.captions")
+    assert output.count("recorded offline") == 1 and KEY not in output
+    assert run.exit_codes == [0] and run.rows("test/hardest.captions")
+    assert output.strip().splitlines()[-1]
     files = [file for file in Path().rglob("*") if file.is_file()]
     assert not any(KEY.encode() in file.read_bytes() for file in files)
 
@@ -656,19 +687,5 @@ def test_a_file_that_is_no_checkpoint_is_an_error_and_is_not_executed():
     assert not Path("executed").exists()
 
 
-if __name__ == "__main__":  # a process that is stopped in the way that STOPPED says
-    what, when, devices = sys.argv[1].split()
-
-    def happen(self, *_):
-        if what == "nan":
-            self.network[0].weight.data.fill_(torch.nan)
-        elif self.global_rank == 0 and self.global_step in (20, 0 if when == "sanity" else 89):
-            os.kill(os.getpid(), signal.Signals[what])
-
-    hooks = {
-        "sanity": "validation_batch_start",
-        "train": "train_batch_end",
-        "test": "test_batch_end",
-    }
-    setattr(DigitClassifier, f"on_{hooks[when]}", happen)
-    main([*DIGITS, "--max_epochs", "1", "--devices", devices])
+if __name__ == "__main__":
+    main_that_is_stopped(sys.argv[1])

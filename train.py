@@ -408,8 +408,10 @@ def main(argv: list[str] | None = None) -> None:
             trainer.logger.experiment.log_model(best_path, "digit-classifier", ["best"])
         trainer.print(f"Checkpoint: {best_path}")
         status = 143 if trainer.received_sigterm else 0
-    except SIGTERMException:
-        status = 143  # Lightning would end with 0
+    except (Exception, SIGTERMException):  # after SIGTERM, Lightning would end with status 0
+        if not trainer.received_sigterm:
+            raise
+        status = 143
     finally:
         wandb.finish(exit_code=status)
     if status != 0 and trainer.is_global_zero:
