@@ -2,7 +2,6 @@
 
 python train.py                                  # on whatever this machine has: CPU, GPU or TPU
 python train.py --gpus 1 --precision bf16-mixed  # on one GPU, or with --gpus 8 on eight
-python train.py --fast_dev_run                   # a smoke test: one batch of everything
 wandb leet wandb/latest-run                      # look at the run, without an account
 """
 
@@ -13,14 +12,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 import wandb
-from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import CombinedLoader, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
@@ -28,6 +26,7 @@ from torchvision import transforms
 from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
 DATASETS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}
+CLASS_NAMES = {"fashion-mnist": FashionMNIST.classes, "kmnist": KMNIST.classes}
 MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels, from 0 to 1
 
 
@@ -126,8 +125,7 @@ class DigitClassifier(pl.LightningModule):
         self.log_metrics("test" if self.trainer.testing else "val", logits, labels)
         return logits  # for ImagePredictionLogger
 
-    def test_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.validation_step(batch, batch_idx)
+    test_step = validation_step
 
     def log_metrics(self, stage: str, logits: Tensor, labels: Tensor) -> Tensor:
         """Logs loss and accuracy, in validation and test as means over all. Returns the loss."""
@@ -151,25 +149,28 @@ class DigitClassifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+INDEX, LABEL, PREDICTION, CONFIDENCE, LOSS, SUM = range(6)  # the callback's columns
+
+
 @dataclass(eq=False)
 class ImagePredictionLogger(pl.Callback):
     """Shows in Weights & Biases which samples a classifier gets wrong.
 
-    After each validation and test epoch it logs the samples with the highest loss ("hardest"), some
-    that are always the same ("examples"), each class's recall, the lowest recall and, for up to 100
-    classes, a confusion matrix. Samples with a negative label are left out.
+    After each validation and test epoch it logs the samples with the highest loss ("hardest"), a
+    fixed random set ("examples"), the recall of each class, the lowest recall and, for up to 100
+    classes, a confusion matrix. Samples with a negative label are ignored.
 
-    Batches start with inputs (N, ...) and labels (N,). Steps return logits, float (N, classes), or
-    (N, 1) for two classes, alone or as "logits" in a dict; otherwise `module(inputs)` returns them.
-    Loaders don't shuffle: #12 is `loader.dataset[12]`, which is read, collated and transferred once
-    more for its picture. A ValueError says what isn't so.
+    A batch begins with inputs (N, ...) and labels (N,). A step returns logits, float (N, classes) or
+    (N, 1) for two classes, or a dict with the key "logits"; if not, `module(inputs)` has to. Loaders
+    must not shuffle: "#12" in a caption is `loader.dataset[12]`, which is loaded, collated and
+    transferred again for the picture. Violations raise ValueError.
 
     Args:
-        num_samples: Pictures in each of "hardest" and "examples". W&B shows up to 108.
-        class_names: One for each class. By default, they are numbered.
-        mean, std: What Normalize was given for each channel, to undo it.
-        unpack: Takes inputs and labels out of a batch of another form.
-        to_media: Makes W&B media of an input, uint8 if it has 3 dimensions or more, and `caption`.
+        num_samples: Pictures per panel. W&B shows up to 108.
+        class_names: One per class. By default, they are numbered.
+        mean, std: The values per channel that were given to Normalize, to undo it.
+        unpack: Takes a batch of another form, and returns its inputs and labels.
+        to_media: Called as to_media(input, caption=...), returns W&B media. Images come as uint8.
     """
 
     num_samples: int = 32
@@ -180,7 +181,7 @@ class ImagePredictionLogger(pl.Callback):
     to_media: Callable | None = None
 
     def on_validation_epoch_start(self, trainer, module):
-        self.rows = defaultdict(list)  # for each loader, what `judge` returns for each batch
+        self.rows, self.names = defaultdict(list), {}  # of each loader, by dataloader_idx
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
         try:
@@ -190,7 +191,10 @@ class ImagePredictionLogger(pl.Callback):
             if not is_float or logits.ndim != 2 or len(logits) != len(labels):
                 with trainer.precision_plugin.val_step_context():
                     logits = module(inputs)
-            self.rows[dataloader_idx].append(self.judge(logits, labels))
+            if logits.shape[1] == 1:
+                logits = F.pad(logits, (1, 0))  # sigmoid(x) is the second value of softmax([0, x])
+            self.names[dataloader_idx] = self.name_classes(logits.shape[1])
+            self.rows[dataloader_idx].append(self.judge(logits.float(), labels))
         except Exception as error:
             needs = (
                 "labels (N,) from batch or `unpack`, logits (N, classes) or (N, 1) from the step"
@@ -208,75 +212,72 @@ class ImagePredictionLogger(pl.Callback):
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
-    def split_batch(self, batch: Any) -> tuple[Any, Tensor]:
+    def split_batch(self, batch) -> tuple:
         inputs, labels = self.unpack(batch) if self.unpack else batch[:2]
-        return inputs, labels.reshape(len(labels))
-
-    def judge(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns label, prediction, confidence, loss and sum of the logits, float32 (N, 5)."""
-        logits = logits.float()  # nothing here waits for the device
-        if logits.shape[1] == 1:
-            logits = F.pad(logits, (1, 0))  # sigmoid(x) is the second value of softmax([0, x])
-        self.names = self.name_classes(logits.shape[1])
-        confidences, predictions = logits.softmax(dim=1).max(dim=1)
-        losses = F.cross_entropy(logits, labels.long().clamp(-1), ignore_index=-1, reduction="none")
-        columns = labels.float(), predictions.float(), confidences, losses, logits.sum(dim=1)
-        return torch.stack(columns, dim=1)
+        return inputs, labels.reshape(len(labels))  # (N, 1) becomes (N,)
 
     def name_classes(self, count: int) -> list[str]:
         names = range(count) if self.class_names is None else self.class_names
         if len(names) != count:
-            raise ValueError(f"there are {len(names)} class_names for {count} classes")
+            raise ValueError(f"got {len(names)} class_names for {count} classes")
         are_distinct = len(set(names)) == count
         return [str(name) if are_distinct else f"{name} ({i})" for i, name in enumerate(names)]
 
+    def judge(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Returns the columns, float32 (N, 6), without waiting for the device."""
+        confidences, predictions = logits.softmax(dim=1).max(dim=1)
+        losses = F.cross_entropy(logits, labels.long().clamp(-1), ignore_index=-1, reduction="none")
+        unknown = torch.full_like(losses, torch.nan)
+        columns = unknown, labels, predictions, confidences, losses, logits.sum(dim=1)
+        return torch.stack([column.float() for column in columns], dim=1)
+
     def gather_rows(self, trainer, loader, batches: list[Tensor]) -> np.ndarray:
-        """Joins all processes' samples, each once, and puts its index (or NaN) before its row."""
+        """Joins the rows of all processes, one per sample, with its index where that is known."""
+        rows = torch.cat(batches).cpu().double().numpy() if batches else np.empty((0, 6))
         indices = []
         if getattr(loader, "batch_sampler", None) is not None:
             for _, batch_indices in zip(batches, loader.batch_sampler, strict=False):
-                indices.extend(batch_indices)
-        rows = torch.cat(batches).cpu().numpy() if batches else np.empty((0, 5))
-        if len(indices) != len(rows):
-            indices = [None] * len(rows)  # which becomes NaN
-        mine = np.column_stack([np.array(indices, dtype=float), rows])
-        parts = [trainer.strategy.broadcast(mine, src=rank) for rank in range(trainer.world_size)]
+                indices.extend(batch_indices)  # the same ones again, as nothing is shuffled
+        if len(indices) == len(rows):
+            rows[:, INDEX] = indices
+        parts = [trainer.strategy.broadcast(rows, src=rank) for rank in range(trainer.world_size)]
         rows = np.concatenate(parts)
-        rows = rows[np.unique(rows[:, 0], return_index=True, equal_nan=False)[1]]
-        return rows[rows[:, 1] >= 0]
+        _, first_places = np.unique(rows[:, INDEX], return_index=True, equal_nan=False)
+        rows = rows[first_places]  # a DistributedSampler repeats a few samples
+        return rows[rows[:, LABEL] >= 0]
 
     def log_panels(self, trainer, module, dataloader_idx, loader, rows: np.ndarray) -> None:
-        labels, predictions = rows[:, 1].astype(int), rows[:, 2].astype(int)
-        if (labels != rows[:, 1]).any():
-            raise ValueError("ImagePredictionLogger needs labels that are whole numbers")
-        if np.allclose(rows[:, 5], 1, atol=0.01):
-            raise ValueError("ImagePredictionLogger needs logits: return them, not probabilities")
-        panels = {}
+        labels, predictions = rows[:, LABEL].astype(int), rows[:, PREDICTION].astype(int)
+        if (labels != rows[:, LABEL]).any() or np.allclose(rows[:, SUM], 1, atol=0.01):
+            raise ValueError(
+                "ImagePredictionLogger needs integer labels; logits, not probabilities"
+            )
+        names, panels = self.names[dataloader_idx], {}
         for label in np.unique(labels):
-            panels[f"recall/{self.names[label]}"] = np.mean(predictions[labels == label] == label)
+            panels[f"recall/{names[label]}"] = np.mean(predictions[labels == label] == label)
         stage = "test" if trainer.testing else "val"
         suffix = f"/dataloader_idx_{dataloader_idx}" if dataloader_idx > 0 else ""
-        key = f"{stage}/lowest_recall{suffix}"  # Lightning logs it, and so completes W&B's row
+        key = f"{stage}/lowest_recall{suffix}"  # Lightning logs it, and so commits our panels
         module.log(key, min(panels.values()), sync_dist=True, add_dataloader_idx=False)
         if not trainer.is_global_zero:
             return
-        if len(self.names) <= 100:
-            counted = labels.tolist(), predictions.tolist(), self.names
+        if len(names) <= 100:
+            counted = labels.tolist(), predictions.tolist(), names
             panels["confusion_matrix"] = wandb.plot.confusion_matrix(None, *counted)
-        if np.isnan(rows[:, 0]).any():
-            rank_zero_warn("ImagePredictionLogger shows no pictures: the loader tells no indices.")
+        if np.isnan(rows[:, INDEX]).any():
+            rank_zero_warn("ImagePredictionLogger shows no pictures: their indices are unknown.")
         else:
-            hardest = np.argsort(-np.nan_to_num(rows[:, 4], nan=np.inf), kind="stable")
+            hardest = np.argsort(-np.nan_to_num(rows[:, LOSS], nan=np.inf), kind="stable")
             mixed = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).numpy()
             for panel, order in {"hardest": hardest, "examples": mixed}.items():
                 chosen = rows[order[: self.num_samples]]
                 panels[panel] = [self.show(module, dataloader_idx, loader, row) for row in chosen]
         self.log_to_wandb(trainer, {f"{stage}/{key}{suffix}": panels[key] for key in panels})
 
-    def show(self, module, dataloader_idx, loader, row: np.ndarray) -> Any:
-        """Gets a sample in the way in which Lightning got its batch, and makes a picture of it."""
-        index, label, prediction = row[:3].astype(int)
-        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)
+    def show(self, module, dataloader_idx, loader, row: np.ndarray):
+        """Loads one sample, with the same steps as Lightning's evaluation loop, and shows it."""
+        index, label, prediction = row[[INDEX, LABEL, PREDICTION]].astype(int)
+        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # none on TPUs
         batch = module.trainer.precision_plugin.convert_input(collate([loader.dataset[index]]))
         for owner in filter(None, (module, module.trainer.datamodule)):
             batch = owner.on_before_batch_transfer(batch, dataloader_idx)
@@ -284,15 +285,16 @@ class ImagePredictionLogger(pl.Callback):
         inputs, labels = self.split_batch(batch)
         if labels.item() != label:
             raise ValueError("ImagePredictionLogger needs loaders that don't shuffle")
-        predicted, labelled = self.names[prediction], self.names[label]
-        caption = f"Pred: {predicted} ({row[3]:.0%}), Label: {labelled} (#{index})"
+        names = self.names[dataloader_idx]
+        predicted, labelled = names[prediction], names[label]
+        caption = f"Pred: {predicted} ({row[CONFIDENCE]:.0%}), Label: {labelled} (#{index})"
         picture = self.make_visible(inputs[0].cpu())
         if self.to_media is None and (picture.ndim != 3 or len(picture) not in (1, 3)):
-            raise ValueError(f"ImagePredictionLogger: give to_media for {tuple(picture.shape)}")
+            raise ValueError(f"ImagePredictionLogger needs to_media for {tuple(picture.shape)}")
         return (self.to_media or wandb.Image)(picture, caption=caption)
 
     def make_visible(self, picture: Tensor) -> Tensor:
-        """Returns uint8 from 0 to 255, since W&B would cut floats off to 0 and 1: black."""
+        """Converts images to uint8, since W&B clips floats to [0, 1], which looks black."""
         is_float = picture.is_floating_point()
         if picture.ndim < 3:
             return picture.float() if is_float else picture  # NumPy has no bfloat16
@@ -302,12 +304,14 @@ class ImagePredictionLogger(pl.Callback):
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
             picture = picture * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
         elif picture.min() < 0 or picture.max() > 1:
-            rank_zero_warn("ImagePredictionLogger stretches values of pictures: give mean and std.")
+            rank_zero_warn(
+                "ImagePredictionLogger stretches pictures. Normalized? Pass mean and std."
+            )
             picture = picture - picture.min()
             picture = picture / picture.max().clamp(min=1e-9)
         return (picture.clamp(0, 1) * 255).round().byte()
 
-    def log_to_wandb(self, trainer, panels: dict[str, Any]) -> None:
+    def log_to_wandb(self, trainer, panels: dict) -> None:
         runs = [logger.experiment for logger in trainer.loggers]
         run = next((run for run in runs if isinstance(run, wandb.Run)), None)
         if run is None and not trainer.fast_dev_run:
@@ -317,7 +321,7 @@ class ImagePredictionLogger(pl.Callback):
         for key, panel in panels.items():
             try:
                 run.log({key: panel}, commit=False)
-            except wandb.errors.CommError as error:  # a chart waits for W&B's server
+            except wandb.errors.CommError as error:  # charts need W&B's server
                 rank_zero_warn(f"ImagePredictionLogger could not log {key}: {error}")
 
 
@@ -348,15 +352,12 @@ def choose_wandb_mode() -> str | None:
     with suppress(wandb.errors.AuthenticationError):
         if wandb.setup().settings.mode != "online" or wandb.login(prompt=False):
             return None
-    rank_zero_info("W&B has no account here or does not answer, so the run is recorded offline.")
     return "offline"
 
 
 def make_trainer(args: argparse.Namespace) -> pl.Trainer:
     if args.gpus is not None:
         args.accelerator, args.devices = ("gpu", args.gpus) if args.gpus else ("cpu", "auto")
-    has_names = args.dataset in ("fashion-mnist", "kmnist")
-    class_names = DATASETS[args.dataset].classes if has_names else None
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; W&B would wait for ever
     mode = None if args.fast_dev_run else choose_wandb_mode()
     return pl.Trainer(
@@ -370,7 +371,7 @@ def make_trainer(args: argparse.Namespace) -> pl.Trainer:
         log_every_n_steps=10,
         logger=pl.loggers.WandbLogger(project=args.project, save_dir=None, mode=mode),
         callbacks=[
-            ImagePredictionLogger(args.num_samples, class_names, [MEAN], [STD]),
+            ImagePredictionLogger(args.num_samples, CLASS_NAMES.get(args.dataset), [MEAN], [STD]),
             pl.callbacks.LearningRateMonitor(),
             pl.callbacks.EarlyStopping("val/loss", patience=args.max_epochs),  # only if it is NaN
             pl.callbacks.ModelCheckpoint(monitor="val/loss"),
@@ -383,9 +384,8 @@ def main(argv: list[str] | None = None) -> None:
     """Trains, then tests with the checkpoint of the lowest validation loss."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    for flag in ("lr", "num_nodes", "max_epochs", "batch_size", "num_samples"):
-        if not 0 < getattr(args, flag) < math.inf:
-            parser.error(f"--{flag} must be greater than 0")
+    if not min(args.lr, args.num_nodes, args.max_epochs, args.batch_size, args.num_samples) > 0:
+        parser.error("lr, num_nodes, max_epochs, batch_size and num_samples must be positive")
     pl.seed_everything(args.seed, verbose=False)
     try:
         trainer = make_trainer(args)
