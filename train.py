@@ -160,10 +160,10 @@ class ImagePredictionLogger(pl.Callback):
     fixed random set ("examples"), the recall of each class, the lowest recall and, for up to 100
     classes, a confusion matrix. Samples with a negative label are ignored.
 
-    A batch begins with inputs (N, ...) and labels (N,). A step returns logits, float (N, classes) or
-    (N, 1) for two classes, or a dict with the key "logits"; if not, `module(inputs)` has to. Loaders
-    must not shuffle: "#12" in a caption is `loader.dataset[12]`, which is loaded, collated and
-    transferred again for the picture. Violations raise ValueError.
+    A batch begins with inputs (N, ...) and labels (N,). A step returns logits, float (N, classes)
+    or (N, 1) for two classes, or a dict with the key "logits"; if not, `module(inputs)` is called.
+    The loader must not shuffle: each picture is loaded again, as `dataset[index]`, collated and
+    transferred. Its caption gives the index. Violations raise ValueError.
 
     Args:
         num_samples: Pictures per panel. W&B shows up to 108.
@@ -181,7 +181,8 @@ class ImagePredictionLogger(pl.Callback):
     to_media: Callable | None = None
 
     def on_validation_epoch_start(self, trainer, module):
-        self.rows, self.names = defaultdict(list), {}  # of each loader, by dataloader_idx
+        self.rows = defaultdict(list)  # for each loader, a tensor (N, 6) per batch
+        self.names = {}  # for each loader, the names of its classes
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
         try:
@@ -189,21 +190,19 @@ class ImagePredictionLogger(pl.Callback):
             logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
             is_float = isinstance(logits, Tensor) and logits.is_floating_point()
             if not is_float or logits.ndim != 2 or len(logits) != len(labels):
-                with trainer.precision_plugin.val_step_context():
+                with trainer.precision_plugin.val_step_context():  # such as autocast
                     logits = module(inputs)
             if logits.shape[1] == 1:
                 logits = F.pad(logits, (1, 0))  # sigmoid(x) is the second value of softmax([0, x])
             self.names[dataloader_idx] = self.name_classes(logits.shape[1])
             self.rows[dataloader_idx].append(self.judge(logits.float(), labels))
         except Exception as error:
-            needs = (
-                "labels (N,) from batch or `unpack`, logits (N, classes) or (N, 1) from the step"
-            )
+            needs = "labels (N,) from batch or unpack, logits (N, classes) or (N, 1) from the step"
             raise ValueError(f"ImagePredictionLogger needs {needs}, but: {error!r}") from error
 
     def on_validation_epoch_end(self, trainer, module):
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        for dataloader_idx, loader in enumerate(CombinedLoader(loaders).flattened):
+        for dataloader_idx, loader in enumerate(CombinedLoader(loaders).flattened):  # list or dict
             rows = self.gather_rows(trainer, loader, self.rows[dataloader_idx])
             if len(rows) > 0:
                 self.log_panels(trainer, module, dataloader_idx, loader, rows)
@@ -237,27 +236,25 @@ class ImagePredictionLogger(pl.Callback):
         indices = []
         if getattr(loader, "batch_sampler", None) is not None:
             for _, batch_indices in zip(batches, loader.batch_sampler, strict=False):
-                indices.extend(batch_indices)  # the same ones again, as nothing is shuffled
+                indices.extend(batch_indices)  # a sampler repeats its order if it doesn't shuffle
         if len(indices) == len(rows):
             rows[:, INDEX] = indices
         parts = [trainer.strategy.broadcast(rows, src=rank) for rank in range(trainer.world_size)]
-        rows = np.concatenate(parts)
-        _, first_places = np.unique(rows[:, INDEX], return_index=True, equal_nan=False)
-        rows = rows[first_places]  # a DistributedSampler repeats a few samples
-        return rows[rows[:, LABEL] >= 0]
+        rows = np.concatenate(parts)  # the parts may differ in length
+        _, first = np.unique(rows[:, INDEX], return_index=True, equal_nan=False)
+        return rows[first[rows[first, LABEL] >= 0]]  # a DistributedSampler repeats some samples
 
     def log_panels(self, trainer, module, dataloader_idx, loader, rows: np.ndarray) -> None:
         labels, predictions = rows[:, LABEL].astype(int), rows[:, PREDICTION].astype(int)
         if (labels != rows[:, LABEL]).any() or np.allclose(rows[:, SUM], 1, atol=0.01):
-            raise ValueError(
-                "ImagePredictionLogger needs integer labels; logits, not probabilities"
-            )
+            raise ValueError("ImagePredictionLogger needs integer labels; logits, no probabilities")
         names, panels = self.names[dataloader_idx], {}
         for label in np.unique(labels):
             panels[f"recall/{names[label]}"] = np.mean(predictions[labels == label] == label)
         stage = "test" if trainer.testing else "val"
         suffix = f"/dataloader_idx_{dataloader_idx}" if dataloader_idx > 0 else ""
-        key = f"{stage}/lowest_recall{suffix}"  # Lightning logs it, and so commits our panels
+        # Lightning logs this with its own metrics, and so commits our panels to the same row.
+        key = f"{stage}/lowest_recall{suffix}"
         module.log(key, min(panels.values()), sync_dist=True, add_dataloader_idx=False)
         if not trainer.is_global_zero:
             return
@@ -275,7 +272,7 @@ class ImagePredictionLogger(pl.Callback):
         self.log_to_wandb(trainer, {f"{stage}/{key}{suffix}": panels[key] for key in panels})
 
     def show(self, module, dataloader_idx, loader, row: np.ndarray):
-        """Loads one sample, with the same steps as Lightning's evaluation loop, and shows it."""
+        """Loads a sample with the same steps as Lightning's evaluation loop, and renders it."""
         index, label, prediction = row[[INDEX, LABEL, PREDICTION]].astype(int)
         collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # none on TPUs
         batch = module.trainer.precision_plugin.convert_input(collate([loader.dataset[index]]))
@@ -294,19 +291,17 @@ class ImagePredictionLogger(pl.Callback):
         return (self.to_media or wandb.Image)(picture, caption=caption)
 
     def make_visible(self, picture: Tensor) -> Tensor:
-        """Converts images to uint8, since W&B clips floats to [0, 1], which looks black."""
+        """Converts images to uint8, since `wandb.Image` would turn 0.9 into 0, which is black."""
         is_float = picture.is_floating_point()
         if picture.ndim < 3:
-            return picture.float() if is_float else picture  # NumPy has no bfloat16
+            return picture.float() if is_float else picture  # no image; NumPy has no bfloat16
         highest = 1 if is_float or picture.dtype == torch.bool else 255
         picture = picture.float().nan_to_num() / highest
         if is_float and self.mean is not None:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
             picture = picture * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
         elif picture.min() < 0 or picture.max() > 1:
-            rank_zero_warn(
-                "ImagePredictionLogger stretches pictures. Normalized? Pass mean and std."
-            )
+            rank_zero_warn("ImagePredictionLogger stretches pictures; does it need mean and std?")
             picture = picture - picture.min()
             picture = picture / picture.max().clamp(min=1e-9)
         return (picture.clamp(0, 1) * 255).round().byte()
@@ -316,7 +311,7 @@ class ImagePredictionLogger(pl.Callback):
         run = next((run for run in runs if isinstance(run, wandb.Run)), None)
         if run is None and not trainer.fast_dev_run:
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
-        if run is None or trainer.sanity_checking:
+        if run is None or trainer.sanity_checking:  # which has found errors early
             return
         for key, panel in panels.items():
             try:
