@@ -309,17 +309,14 @@ class Foreign(pl.LightningModule):
         return self.net(inputs)
 
     def training_step(self, batch, batch_idx):
-        parameters = list(self.parameters())
-        loss = sum(p.sum() for p in parameters) if parameters else None
         self.log("train_loss", float(batch_idx))
-        return loss
+        return sum(p.sum() for p in [torch.ones(1, requires_grad=True), *self.parameters()])
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         return self.step(self, batch)
 
     def configure_optimizers(self):
-        parameters = list(self.parameters())
-        return torch.optim.SGD(parameters, lr=0.0) if parameters else None
+        return torch.optim.SGD([nn.Parameter(torch.ones(1)), *self.parameters()], lr=0.0)
 
 
 def fit(module, *datasets, epochs=2, flags=None, callbacks=(), **arguments):
@@ -439,16 +436,18 @@ def test_an_iterable_data_set_has_recalls_but_no_pictures():
     assert not run.rows("val/hardest.captions")
 
 
-def test_half_precision_without_logits_from_the_step_and_without_wandb():
-    class Raw(Foreign):
-        def forward(self, images):
-            return self.net(images / 255)
+class Divided(nn.Linear):
+    def forward(self, pixels):
+        return super().forward(pixels / 255)
 
+
+def test_half_precision_without_logits_from_the_step_and_without_wandb():
+    module = Foreign(nn.Sequential(nn.Flatten(), Divided(64, 3)))
     show = ImagePredictionLogger(4)
     trainer = pl.Trainer(accelerator="cpu", precision="bf16-true", logger=False, callbacks=show)
     loader = DataLoader(TensorDataset((IMAGES * 255).byte(), LABELS), 4)
     with pytest.warns(UserWarning, match="no WandbLogger"):
-        (metrics,) = trainer.validate(Raw(net()), loader, verbose=False)
+        (metrics,) = trainer.validate(module, loader, verbose=False)
     assert 0 <= metrics["val/lowest_recall"] <= 1
 
 
@@ -545,12 +544,8 @@ def started(tmp_path_factory):
         folder = tmp_path_factory.mktemp("started")
         variables = SERVER if "nothing" in what else {"WANDB_MODE": "offline"}
         environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), **variables}
-        command = [sys.executable, __file__, what]
-        with open(folder / "output", "w") as file:
-            process = subprocess.Popen(
-                command, env=environment, cwd=folder, stdout=file, stderr=subprocess.STDOUT
-            )
-        processes[what] = process, folder
+        command = f"'{sys.executable}' '{__file__}' '{what}' > output 2>&1"
+        processes[what] = subprocess.Popen(command, shell=True, cwd=folder, env=environment), folder
     return processes
 
 
