@@ -6,6 +6,7 @@ wandb leet wandb/latest-run                      # look at the run, without an a
 """
 
 import argparse
+import gc
 import math
 import os
 from collections import defaultdict
@@ -368,6 +369,7 @@ def make_trainer(args: argparse.Namespace) -> pl.Trainer:
         callbacks=[
             ImagePredictionLogger(args.num_samples, CLASS_NAMES.get(args.dataset), [MEAN], [STD]),
             pl.callbacks.LearningRateMonitor(),
+            pl.callbacks.TQDMProgressBar(refresh_rate=20),
             pl.callbacks.EarlyStopping("val/loss", patience=args.max_epochs),  # only if it is NaN
             pl.callbacks.ModelCheckpoint(monitor="val/loss"),
             pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),
@@ -414,4 +416,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # or Python would search all of PyTorch for garbage at its end, for a second
     main()
