@@ -543,7 +543,9 @@ def started(tmp_path_factory):
     for what in STARTED:
         folder = tmp_path_factory.mktemp("started")
         variables = SERVER if "nothing" in what else {"WANDB_MODE": "offline"}
-        environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), **variables}
+        port = str(20_000 + os.getpid() % 9_999 + len(processes))  # not the same for two runs
+        own = {"PYTHONPATH": str(SCRIPT.parent), "MASTER_PORT": port}
+        environment = {**os.environ, **own, **variables}
         command = f"'{sys.executable}' '{__file__}' '{what}' > output 2>&1"
         processes[what] = subprocess.Popen(command, shell=True, cwd=folder, env=environment), folder
     return processes
