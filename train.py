@@ -370,7 +370,7 @@ def make_trainer(args: argparse.Namespace) -> pl.Trainer:
             ImagePredictionLogger(args.num_samples, CLASS_NAMES.get(args.dataset), [MEAN], [STD]),
             pl.callbacks.LearningRateMonitor(),
             pl.callbacks.TQDMProgressBar(refresh_rate=20),
-            pl.callbacks.EarlyStopping("val/loss", patience=args.max_epochs),  # only if it is NaN
+            pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # stops only at NaN
             pl.callbacks.ModelCheckpoint(monitor="val/loss"),
             pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),
         ],
