@@ -5,10 +5,10 @@ python train.py --gpus 1 --precision bf16-mixed  # on one GPU, or with --gpus 8 
 wandb leet wandb/latest-run                      # look at the run, without an account
 """
 
-import argparse
 import gc
 import math
 import os
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -52,7 +52,7 @@ class DigitsDataModule(pl.LightningDataModule):
     def __init__(self, dataset: str | None, data_dir: str, batch_size: int) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.mnist_file = os.path.join(data_dir, "MNIST/raw/t10k-labels-idx1-ubyte")
+        self.mnist_file = os.path.join(data_dir, "MNIST/raw/t10k-labels-idx1-ubyte")  # comes last
 
     def prepare_data(self) -> None:
         """Downloads what is missing. Lightning calls this in one process on each machine."""
@@ -321,8 +321,8 @@ class ImagePredictionLogger(pl.Callback):
                 rank_zero_warn(f"ImagePredictionLogger could not log {key}: {error}")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(usage=SUPPRESS, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--gpus", type=int, help="short for --accelerator gpu --devices GPUS; 0 means the CPU")
     add("--accelerator", default="auto", help="cpu, gpu, tpu, mps or auto")
@@ -339,7 +339,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data_dir", default="data", help="where the data set is, or will be downloaded to")
     add("--num_samples", type=int, default=32, help="pictures in a panel, up to 108")
     add("--ckpt_path", help="checkpoint to resume from")
-    add("--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"), help="of W&B")
+    add("--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"), help="in W&B")
     return parser
 
 
@@ -351,7 +351,7 @@ def choose_wandb_mode() -> str | None:
     return "offline"
 
 
-def make_trainer(args: argparse.Namespace) -> pl.Trainer:
+def make_trainer(args: Namespace) -> pl.Trainer:
     if args.gpus is not None:
         args.accelerator, args.devices = ("gpu", args.gpus) if args.gpus else ("cpu", "auto")
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; W&B would wait for ever
@@ -403,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.test(model, data, ckpt_path=best_path or None, weights_only=True)
         with suppress(wandb.errors.CommError):  # the checkpoint is on the disk all the same
             trainer.logger.experiment.log_model(best_path, "digit-classifier", ["best"])
-        trainer.print(f"Checkpoint: {best_path}")
+        trainer.print(f"Checkpoint: {best_path or 'none, in a fast_dev_run'}")
         status = 143 if trainer.received_sigterm else 0
     except (Exception, SIGTERMException):  # after SIGTERM, Lightning would end with status 0
         if not trainer.received_sigterm:
