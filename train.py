@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 import pytorch_lightning as pl
@@ -22,7 +23,7 @@ import wandb
 from pytorch_lightning.utilities import CombinedLoader, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, random_split
 from torchvision import transforms
 from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
@@ -44,10 +45,7 @@ def load_dataset(name: str, data_dir: str, train: bool) -> TensorDataset:
 
 
 class DigitsDataModule(pl.LightningDataModule):
-    """Batches of normalised images, float (N, 1, 28, 28), and labels, int64 (N,).
-
-    If no `dataset` is named, it is MNIST, or scikit-learn's digits where MNIST can't be had.
-    """
+    """Batches of normalised images, float (N, 1, 28, 28), and labels, int64 (N,)."""
 
     def __init__(self, dataset: str | None, data_dir: str, batch_size: int) -> None:
         super().__init__()
@@ -55,8 +53,8 @@ class DigitsDataModule(pl.LightningDataModule):
         self.mnist_file = os.path.join(data_dir, "MNIST/raw/t10k-labels-idx1-ubyte")  # comes last
 
     def prepare_data(self) -> None:
-        """Downloads what is missing. Lightning calls this in one process on each machine."""
-        name = self.hparams.dataset
+        """Downloads the data set. Lightning calls this in one process on each machine."""
+        name = self.hparams.dataset  # None means MNIST or, if that can't be had, digits
         if name == "digits":
             return
         try:
@@ -75,7 +73,7 @@ class DigitsDataModule(pl.LightningDataModule):
         generator = torch.Generator().manual_seed(0)
         if name == "digits":
             train, self.val, self.test = random_split(data, [1413, 128, 256], generator)
-            self.train = Subset(train, list(range(1413)) * 8)  # an epoch takes each eight times
+            self.train = Subset(train, list(range(1413)) * 8)  # an epoch has each eight times
         else:
             self.train, self.val = random_split(data, [55_000, 5_000], generator)
             self.test = load_dataset(name, self.hparams.data_dir, train=False)
@@ -117,24 +115,23 @@ class DigitClassifier(pl.LightningModule):
         return self.network(images)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        return self.log_metrics("train", self(images), labels)
+        return self.log_metrics("train", batch)["loss"]
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.log_metrics("val", batch)["logits"]  # for ImagePredictionLogger
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.log_metrics("test", batch)["logits"]
+
+    def log_metrics(self, stage: str, batch: list[Tensor]) -> dict[str, Tensor]:
+        """Logs the loss and accuracy of a batch or, in validation and test, their means."""
         images, labels = batch
         logits = self(images)
-        self.log_metrics("test" if self.trainer.testing else "val", logits, labels)
-        return logits  # for ImagePredictionLogger
-
-    test_step = validation_step
-
-    def log_metrics(self, stage: str, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logs loss and accuracy, in validation and test as means over all. Returns the loss."""
         loss = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         metrics = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
         self.log_dict(metrics, prog_bar=True, batch_size=len(labels), sync_dist=stage != "train")
-        return loss
+        return {"loss": loss, "logits": logits}
 
     def configure_optimizers(self) -> dict:
         """The learning rate rises for 30 % of the steps, then falls to 0 (arXiv:1708.07120)."""
@@ -142,183 +139,184 @@ class DigitClassifier(pl.LightningModule):
         optimizer = torch.optim.AdamW(self.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.05)
         num_steps = self.trainer.estimated_stepping_batches
 
-        def one_cycle(step: int) -> float:
-            progress = min((step + 1) / num_steps, 1)  # a resumed run may take more steps
+        def one_cycle(step: int) -> float:  # a rise, then half a cosine
+            progress = min((step + 1) / num_steps, 1)  # resumed runs may take more steps
             return min(progress / 0.3, 0.5 + 0.5 * math.cos(math.pi * (progress - 0.3) / 0.7))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-INDEX, LABEL, PREDICTION, CONFIDENCE, LOSS, SUM = range(6)  # the callback's columns
-
-
-@dataclass(eq=False)
+@dataclass(eq=False)  # keeps the callback hashable, which Lightning requires
 class ImagePredictionLogger(pl.Callback):
-    """Shows in Weights & Biases which samples a classifier gets wrong.
+    """Logs to Weights & Biases which samples a classifier gets wrong.
 
-    After each validation and test epoch it logs the samples with the highest loss ("hardest"), a
-    fixed random set ("examples"), the recall of each class, the lowest recall and, for up to 100
-    classes, a confusion matrix. Samples with a negative label are ignored.
+    After each validation and test epoch it logs the images with the highest loss ("hardest"), a
+    fixed random selection ("examples"), the recall of each class, the lowest of these recalls and,
+    for up to 100 classes, a confusion matrix.
 
-    A batch begins with inputs (N, ...) and labels (N,). A step returns logits, float (N, classes)
-    or (N, 1) for two classes, or a dict with the key "logits"; if not, `module(inputs)` is called.
-    The loader must not shuffle: each picture is loaded again, as `dataset[index]`, collated and
-    transferred. Its caption gives the index. Violations raise ValueError.
-
-    Args:
-        num_samples: Pictures per panel. W&B shows up to 108.
-        class_names: One per class. By default, they are numbered.
-        mean, std: The values per channel that were given to Normalize, to undo it.
-        unpack: Takes a batch of another form, and returns its inputs and labels.
-        to_media: Called as to_media(input, caption=...), returns W&B media. Images come as uint8.
+    A batch begins with inputs (N, ...) and integer labels (N,). Samples with a negative label are
+    left out. A step returns logits, float (N, classes), or (N, 1) for two classes, alone or as
+    "logits" in a dict; otherwise `module(inputs)` is called. Images are loaded again, as
+    `dataset[index]`, so the loader must not shuffle. A ValueError says what doesn't hold.
     """
 
-    num_samples: int = 32
-    class_names: Sequence[str] | None = None
-    mean: Sequence[float] | None = None
+    num_samples: int = 32  # images per panel; W&B shows up to 108
+    class_names: Sequence[str] | None = None  # one per class; by default, classes are numbered
+    mean: Sequence[float] | None = None  # per channel, as passed to Normalize, to undo it
     std: Sequence[float] | None = None
-    unpack: Callable | None = None
-    to_media: Callable | None = None
+    unpack: Callable | None = None  # for other formats: unpack(batch) returns (inputs, labels)
+    to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
+
+    FIELDS = "index, label, prediction, confidence, loss, logit_sum"  # are kept of each sample
 
     def on_validation_epoch_start(self, trainer, module):
-        self.rows = defaultdict(list)  # for each loader, a tensor (N, 6) per batch
-        self.names = {}  # for each loader, the names of its classes
+        self.batches = defaultdict(list)  # for each loader, a tensor per batch, from `judge`
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
         try:
             inputs, labels = self.split_batch(batch)
             logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
-            is_float = isinstance(logits, Tensor) and logits.is_floating_point()
-            if not is_float or logits.ndim != 2 or len(logits) != len(labels):
+            is_matrix = isinstance(logits, Tensor) and logits.ndim == 2
+            if not is_matrix or not logits.is_floating_point() or len(logits) != len(labels):
                 with trainer.precision_plugin.val_step_context():  # such as autocast
                     logits = module(inputs)
-            if logits.shape[1] == 1:
-                logits = F.pad(logits, (1, 0))  # sigmoid(x) is the second value of softmax([0, x])
-            self.names[dataloader_idx] = self.name_classes(logits.shape[1])
-            self.rows[dataloader_idx].append(self.judge(logits.float(), labels))
+            self.batches[dataloader_idx].append(self.judge(logits.float(), labels))
         except Exception as error:
             needs = "labels (N,) from batch or unpack, logits (N, classes) or (N, 1) from the step"
             raise ValueError(f"ImagePredictionLogger needs {needs}, but: {error!r}") from error
 
     def on_validation_epoch_end(self, trainer, module):
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        for dataloader_idx, loader in enumerate(CombinedLoader(loaders).flattened):  # list or dict
-            rows = self.gather_rows(trainer, loader, self.rows[dataloader_idx])
+        loaders = CombinedLoader(loaders).flattened  # from one loader, a list or a dict
+        for dataloader_idx, loader in enumerate(loaders):
+            rows = self.make_rows(loader, self.batches.pop(dataloader_idx, []))
+            rows = self.gather_rows(trainer, rows)
             if len(rows) > 0:
-                self.log_panels(trainer, module, dataloader_idx, loader, rows)
+                self.log_panels(trainer, module, loader, dataloader_idx, rows)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
     def split_batch(self, batch) -> tuple:
+        """Returns inputs (N, ...) and labels, int64 (N,), with -1 for unlabelled samples."""
         inputs, labels = self.unpack(batch) if self.unpack else batch[:2]
-        return inputs, labels.reshape(len(labels))  # (N, 1) becomes (N,)
-
-    def name_classes(self, count: int) -> list[str]:
-        names = range(count) if self.class_names is None else self.class_names
-        if len(names) != count:
-            raise ValueError(f"got {len(names)} class_names for {count} classes")
-        are_distinct = len(set(names)) == count
-        return [str(name) if are_distinct else f"{name} ({i})" for i, name in enumerate(names)]
+        if labels.is_floating_point() and (labels != labels.round()).any():
+            raise ValueError("labels must be integers")
+        return inputs, labels.reshape(len(labels)).long().clamp(min=-1)  # (N, 1) becomes (N,)
 
     def judge(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns the columns, float32 (N, 6), without waiting for the device."""
-        confidences, predictions = logits.softmax(dim=1).max(dim=1)
-        losses = F.cross_entropy(logits, labels.long().clamp(-1), ignore_index=-1, reduction="none")
-        unknown = torch.full_like(losses, torch.nan)
-        columns = unknown, labels, predictions, confidences, losses, logits.sum(dim=1)
-        return torch.stack([column.float() for column in columns], dim=1)
+        """Returns labels, predictions, confidences, losses and sums of logits, float (5, N)."""
+        if logits.shape[1] == 1:
+            logits = F.pad(logits, (1, 0))  # sigmoid(x) is the second value of softmax([0, x])
+        if self.class_names is not None and len(self.class_names) != logits.shape[1]:
+            raise ValueError(f"{len(self.class_names)} class_names for {logits.shape[1]} classes")
+        log_probabilities = logits.log_softmax(dim=1)
+        highest, predictions = log_probabilities.max(dim=1)
+        losses = F.nll_loss(log_probabilities, labels, ignore_index=-1, reduction="none")
+        return torch.stack([labels, predictions, highest.exp(), losses, logits.sum(dim=1)])
 
-    def gather_rows(self, trainer, loader, batches: list[Tensor]) -> np.ndarray:
-        """Joins the rows of all processes, one per sample, with its index where that is known."""
-        rows = torch.cat(batches).cpu().double().numpy() if batches else np.empty((0, 6))
-        indices = []
-        if getattr(loader, "batch_sampler", None) is not None:
-            for _, batch_indices in zip(batches, loader.batch_sampler, strict=False):
-                indices.extend(batch_indices)  # a sampler repeats its order if it doesn't shuffle
-        if len(indices) == len(rows):
-            rows[:, INDEX] = indices
-        parts = [trainer.strategy.broadcast(rows, src=rank) for rank in range(trainer.world_size)]
-        rows = np.concatenate(parts)  # the parts may differ in length
-        _, first = np.unique(rows[:, INDEX], return_index=True, equal_nan=False)
-        return rows[first[rows[first, LABEL] >= 0]]  # a DistributedSampler repeats some samples
+    def make_rows(self, loader, batches: list[Tensor]) -> np.ndarray:
+        """Returns the FIELDS of this process's samples. The index is -1 if it is unknown."""
+        columns = torch.cat(batches, dim=1).cpu().numpy() if batches else np.empty((5, 0))
+        indices = np.full(columns.shape[1], -1)
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        if batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
+            sampled = islice(batch_sampler, len(batches))  # the same again, if it doesn't shuffle
+            sampled = np.fromiter(chain.from_iterable(sampled), int)
+            indices = sampled if len(sampled) == len(indices) else indices
+        columns = [indices, *columns[:2].astype(np.int32), *columns[2:]]
+        return np.rec.fromarrays(columns, names=self.FIELDS)
 
-    def log_panels(self, trainer, module, dataloader_idx, loader, rows: np.ndarray) -> None:
-        labels, predictions = rows[:, LABEL].astype(int), rows[:, PREDICTION].astype(int)
-        if (labels != rows[:, LABEL]).any() or np.allclose(rows[:, SUM], 1, atol=0.01):
-            raise ValueError("ImagePredictionLogger needs integer labels; logits, no probabilities")
-        names, panels = self.names[dataloader_idx], {}
-        for label in np.unique(labels):
-            panels[f"recall/{names[label]}"] = np.mean(predictions[labels == label] == label)
-        stage = "test" if trainer.testing else "val"
+    def gather_rows(self, trainer, rows: np.ndarray) -> np.ndarray:
+        """Joins the rows of all processes, one for each labelled sample."""
+        ranks = range(trainer.world_size)  # all_gather would need as many rows from each
+        rows = np.concatenate([trainer.strategy.broadcast(rows, src=rank) for rank in ranks])
+        if (rows["index"] >= 0).all():
+            _, first = np.unique(rows["index"], return_index=True)
+            rows = rows[first]  # a DistributedSampler repeats some samples
+        return rows[rows["label"] >= 0]
+
+    def log_panels(self, trainer, module, loader, dataloader_idx, rows: np.ndarray) -> None:
+        if np.allclose(rows["logit_sum"], 1, atol=0.01):
+            raise ValueError("ImagePredictionLogger needs logits, not probabilities")
+        labels, predictions, names = rows["label"], rows["prediction"], self.name_classes(rows)
+        is_right = predictions == labels
+        recalls = {names[label]: is_right[labels == label].mean() for label in np.unique(labels)}
+        prefix = "test" if trainer.testing else "val"
         suffix = f"/dataloader_idx_{dataloader_idx}" if dataloader_idx > 0 else ""
-        # Lightning logs this with its own metrics, and so commits our panels to the same row.
-        key = f"{stage}/lowest_recall{suffix}"
-        module.log(key, min(panels.values()), sync_dist=True, add_dataloader_idx=False)
+        lowest_recall = f"{prefix}/lowest_recall{suffix}"
+        module.log(lowest_recall, min(recalls.values()), sync_dist=True, add_dataloader_idx=False)
         if not trainer.is_global_zero:
             return
-        if len(names) <= 100:
-            counted = labels.tolist(), predictions.tolist(), names
-            panels["confusion_matrix"] = wandb.plot.confusion_matrix(None, *counted)
-        if np.isnan(rows[:, INDEX]).any():
-            rank_zero_warn("ImagePredictionLogger shows no pictures: their indices are unknown.")
+        panels = {f"{prefix}/recall/{name}{suffix}": recalls[name] for name in recalls}
+        if rows["index"].min() < 0:
+            rank_zero_warn("ImagePredictionLogger shows no images: their indices are unknown.")
         else:
-            hardest = np.argsort(-np.nan_to_num(rows[:, LOSS], nan=np.inf), kind="stable")
-            mixed = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).numpy()
-            for panel, order in {"hardest": hardest, "examples": mixed}.items():
+            hardest = np.argsort(-np.nan_to_num(rows["loss"], nan=np.inf), kind="stable")
+            examples = np.random.default_rng(0).permutation(len(rows))
+            for panel, order in {"hardest": hardest, "examples": examples}.items():
                 chosen = rows[order[: self.num_samples]]
-                panels[panel] = [self.show(module, dataloader_idx, loader, row) for row in chosen]
-        self.log_to_wandb(trainer, {f"{stage}/{key}{suffix}": panels[key] for key in panels})
+                media = [self.show(trainer, loader, dataloader_idx, row, names) for row in chosen]
+                panels[f"{prefix}/{panel}{suffix}"] = media
+        self.log_to_wandb(trainer, panels)
+        if len(names) <= 100:
+            chart = wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=names)
+            self.log_to_wandb(trainer, {f"{prefix}/confusion_matrix{suffix}": chart})
 
-    def show(self, module, dataloader_idx, loader, row: np.ndarray):
-        """Loads a sample with the same steps as Lightning's evaluation loop, and renders it."""
-        index, label, prediction = row[[INDEX, LABEL, PREDICTION]].astype(int)
-        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # none on TPUs
-        batch = module.trainer.precision_plugin.convert_input(collate([loader.dataset[index]]))
-        for owner in filter(None, (module, module.trainer.datamodule)):
-            batch = owner.on_before_batch_transfer(batch, dataloader_idx)
-        batch = module.trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+    def name_classes(self, rows: np.ndarray) -> list[str]:
+        """Returns unique class names, or numbers if `class_names` is None."""
+        if self.class_names is None:
+            return [str(i) for i in range(max(rows["label"].max(), rows["prediction"].max()) + 1)]
+        names = [str(name) for name in self.class_names]
+        are_unique = len(set(names)) == len(names)
+        return names if are_unique else [f"{name} ({i})" for i, name in enumerate(names)]
+
+    def show(self, trainer, loader, dataloader_idx, row: np.void, names: list[str]):
+        """Loads a sample as Lightning's evaluation loop does, and returns W&B media."""
+        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # not on TPUs
+        batch = collate([loader.dataset[row["index"]]])
+        batch = trainer.precision_plugin.convert_input(batch)  # to half precision, for example
+        for owner in filter(None, (trainer.lightning_module, trainer.datamodule)):
+            batch = owner.on_before_batch_transfer(batch, dataloader_idx)  # one may override it
+        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
         inputs, labels = self.split_batch(batch)
-        if labels.item() != label:
+        if labels.item() != row["label"]:
             raise ValueError("ImagePredictionLogger needs loaders that don't shuffle")
-        names = self.names[dataloader_idx]
-        predicted, labelled = names[prediction], names[label]
-        caption = f"Pred: {predicted} ({row[CONFIDENCE]:.0%}), Label: {labelled} (#{index})"
-        picture = self.make_visible(inputs[0].cpu())
-        if self.to_media is None and (picture.ndim != 3 or len(picture) not in (1, 3)):
-            raise ValueError(f"ImagePredictionLogger needs to_media for {tuple(picture.shape)}")
-        return (self.to_media or wandb.Image)(picture, caption=caption)
+        prediction, label = names[row["prediction"]], names[row["label"]]
+        caption = f"Pred: {prediction} ({row['confidence']:.0%}), Label: {label} (#{row['index']})"
+        image = self.make_visible(inputs[0].cpu())
+        if self.to_media is None and (image.ndim != 3 or len(image) not in (1, 3)):
+            raise ValueError(f"ImagePredictionLogger needs to_media for {tuple(image.shape)}")
+        return (self.to_media or wandb.Image)(image, caption=caption)
 
-    def make_visible(self, picture: Tensor) -> Tensor:
-        """Converts images to uint8, since `wandb.Image` would turn 0.9 into 0, which is black."""
-        is_float = picture.is_floating_point()
-        if picture.ndim < 3:
-            return picture.float() if is_float else picture  # no image; NumPy has no bfloat16
-        highest = 1 if is_float or picture.dtype == torch.bool else 255
-        picture = picture.float().nan_to_num() / highest
-        if is_float and self.mean is not None:
+    def make_visible(self, image: Tensor) -> Tensor:
+        """Converts images to uint8, since `wandb.Image` would truncate 0.9 to 0, which is black."""
+        if image.ndim < 3 or image.dtype == torch.uint8:
+            return image  # a text or a sound, or visible as it is
+        image = image.float().nan_to_num()
+        if self.mean is not None and self.std is not None:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-            picture = picture * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
-        elif picture.min() < 0 or picture.max() > 1:
-            rank_zero_warn("ImagePredictionLogger stretches pictures; does it need mean and std?")
-            picture = picture - picture.min()
-            picture = picture / picture.max().clamp(min=1e-9)
-        return (picture.clamp(0, 1) * 255).round().byte()
+            image = image * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+        elif image.min() < 0 or image.max() > 1:
+            rank_zero_warn("ImagePredictionLogger rescales images; are mean and std missing?")
+            image = image - image.min()
+            image = image / image.max().clamp(min=1e-9)
+        return (image.clamp(0, 1) * 255).round().byte()
 
     def log_to_wandb(self, trainer, panels: dict) -> None:
+        if trainer.sanity_checking or trainer.fast_dev_run:
+            return  # these only check that the panels can be made
         runs = [logger.experiment for logger in trainer.loggers]
-        run = next((run for run in runs if isinstance(run, wandb.Run)), None)
-        if run is None and not trainer.fast_dev_run:
+        runs = [run for run in runs if isinstance(run, wandb.Run)]
+        if not runs:
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
-        if run is None or trainer.sanity_checking:  # which has found errors early
-            return
-        for key, panel in panels.items():
-            try:
-                run.log({key: panel}, commit=False)
+        for run in runs:
+            try:  # Lightning commits the row when it logs lowest_recall
+                run.log(panels, commit=False)
             except wandb.errors.CommError as error:  # charts need W&B's server
-                rank_zero_warn(f"ImagePredictionLogger could not log {key}: {error}")
+                rank_zero_warn(f"ImagePredictionLogger could not log a chart: {error}")
 
 
 def make_parser() -> ArgumentParser:
@@ -331,7 +329,7 @@ def make_parser() -> ArgumentParser:
     add("--num_nodes", type=int, default=1, help="number of machines")
     add("--precision", default="32-true", help="32-true, 16-mixed, bf16-mixed, ...")
     add("--max_epochs", type=int, default=5, help="passes over the training set")
-    add("--fast_dev_run", action="store_true", help="one batch of everything; writes no file")
+    add("--fast_dev_run", action="store_true", help="one batch of each stage; writes no files")
     add("--batch_size", type=int, default=128, help="samples in a batch of one device")
     add("--lr", type=float, default=0.015, help="highest learning rate of the schedule")
     add("--seed", type=int, default=0, help="for weights, order and random crops")
@@ -339,12 +337,14 @@ def make_parser() -> ArgumentParser:
     add("--data_dir", default="data", help="where the data set is, or will be downloaded to")
     add("--num_samples", type=int, default=32, help="pictures in a panel, up to 108")
     add("--ckpt_path", help="checkpoint to resume from")
-    add("--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"), help="in W&B")
+    add(
+        "--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"), help="W&B project"
+    )
     return parser
 
 
 def choose_wandb_mode() -> str | None:
-    """Returns "offline" without an account or an answer, else None: W&B's own settings."""
+    """Returns "offline" if there is no account or no answer, else None: W&B decides."""
     with suppress(wandb.errors.AuthenticationError):
         if wandb.setup().settings.mode != "online" or wandb.login(prompt=False):
             return None
@@ -354,7 +354,7 @@ def choose_wandb_mode() -> str | None:
 def make_trainer(args: Namespace) -> pl.Trainer:
     if args.gpus is not None:
         args.accelerator, args.devices = ("gpu", args.gpus) if args.gpus else ("cpu", "auto")
-    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; W&B would wait for ever
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; W&B would wait forever
     mode = None if args.fast_dev_run else choose_wandb_mode()
     return pl.Trainer(
         accelerator=args.accelerator,
@@ -398,10 +398,10 @@ def main(argv: list[str] | None = None) -> None:
         if not all(metric.isfinite() for metric in trainer.callback_metrics.values()):
             if not trainer.is_global_zero:
                 return  # with status 0, or Lightning would kill the first process before it ends
-            raise FloatingPointError("the loss is not finite any more: try a lower --lr")
+            raise FloatingPointError("the loss is not finite: try a lower --lr")
         best_path = trainer.checkpoint_callback.best_model_path
         trainer.test(model, data, ckpt_path=best_path or None, weights_only=True)
-        with suppress(wandb.errors.CommError):  # the checkpoint is on the disk all the same
+        with suppress(wandb.errors.CommError):  # the checkpoint is on disk anyway
             trainer.logger.experiment.log_model(best_path, "digit-classifier", ["best"])
         trainer.print(f"Checkpoint: {best_path or 'none, in a fast_dev_run'}")
         status = 143 if trainer.received_sigterm else 0
