@@ -29,7 +29,7 @@ from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
 DATASETS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}
 CLASS_NAMES = {"fashion-mnist": FashionMNIST.classes, "kmnist": KMNIST.classes}
-MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels, from 0 to 1
+MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels, scaled to [0, 1]
 
 
 def load_dataset(name: str, data_dir: str, train: bool) -> TensorDataset:
@@ -50,30 +50,29 @@ class DigitsDataModule(pl.LightningDataModule):
     def __init__(self, dataset: str | None, data_dir: str, batch_size: int) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.mnist_file = os.path.join(data_dir, "MNIST/raw/t10k-labels-idx1-ubyte")  # comes last
+        self.mnist_file = f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"  # downloaded last
 
     def prepare_data(self) -> None:
         """Downloads the data set. Lightning calls this in one process on each machine."""
-        name = self.hparams.dataset  # None means MNIST or, if that can't be had, digits
-        if name == "digits":
+        if self.hparams.dataset == "digits":
             return
         try:
-            DATASETS[name or "mnist"](self.hparams.data_dir, download=True)
+            DATASETS[self.hparams.dataset or "mnist"](self.hparams.data_dir, download=True)
         except (RuntimeError, OSError):
-            if name is not None or os.path.exists(self.mnist_file):  # then it is damaged
+            if self.hparams.dataset or os.path.exists(self.mnist_file):  # which is damaged
                 raise
             print("MNIST can't be downloaded, so scikit-learn's digits take its place.")
 
     def setup(self, stage: str) -> None:
-        """Splits the data in the same way for every seed."""
+        """Splits the data, always in the same way."""
         name = self.hparams.dataset or ("mnist" if os.path.exists(self.mnist_file) else "digits")
-        name = self.trainer.strategy.broadcast(name)
-        self.save_hyperparameters({"dataset": name})  # into W&B's config, too
+        name = self.trainer.strategy.broadcast(name)  # the same on all machines
+        self.save_hyperparameters({"dataset": name})  # replaces None, also in W&B's config
         data = load_dataset(name, self.hparams.data_dir, train=True)
         generator = torch.Generator().manual_seed(0)
         if name == "digits":
             train, self.val, self.test = random_split(data, [1413, 128, 256], generator)
-            self.train = Subset(train, list(range(1413)) * 8)  # an epoch has each eight times
+            self.train = Subset(train, list(range(1413)) * 8)  # each digit eight times an epoch
         else:
             self.train, self.val = random_split(data, [55_000, 5_000], generator)
             self.test = load_dataset(name, self.hparams.data_dir, train=False)
@@ -88,12 +87,12 @@ class DigitsDataModule(pl.LightningDataModule):
         return DataLoader(self.test, self.hparams.batch_size)
 
     def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
-        """Crops training images and normalises all images, on the device."""
+        """Normalises images on the device. In training, shifts a batch by up to a pixel first."""
         images, labels = batch
         if self.trainer.training:
             images = transforms.RandomCrop(28, padding=1)(images)
         images = transforms.functional.normalize(images / 255, [MEAN], [STD])
-        return [self.trainer.precision_plugin.convert_input(images), labels]
+        return [self.trainer.precision_plugin.convert_input(images), labels]  # float32 until here
 
 
 class DigitClassifier(pl.LightningModule):
@@ -115,16 +114,16 @@ class DigitClassifier(pl.LightningModule):
         return self.network(images)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.log_metrics("train", batch)["loss"]
+        return self.compute_and_log("train", batch)["loss"]
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.log_metrics("val", batch)["logits"]  # for ImagePredictionLogger
+        return self.compute_and_log("val", batch)["logits"]  # for ImagePredictionLogger
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.log_metrics("test", batch)["logits"]
+        return self.compute_and_log("test", batch)["logits"]
 
-    def log_metrics(self, stage: str, batch: list[Tensor]) -> dict[str, Tensor]:
-        """Logs the loss and accuracy of a batch or, in validation and test, their means."""
+    def compute_and_log(self, stage: str, batch: list[Tensor]) -> dict[str, Tensor]:
+        """Lightning averages loss and accuracy over an epoch, except in training."""
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels)
@@ -134,52 +133,51 @@ class DigitClassifier(pl.LightningModule):
         return {"loss": loss, "logits": logits}
 
     def configure_optimizers(self) -> dict:
-        """The learning rate rises for 30 % of the steps, then falls to 0 (arXiv:1708.07120)."""
+        """AdamW. The learning rate rises for 30 % of the steps, then falls (arXiv:1708.07120)."""
         lr = self.hparams.lr
         optimizer = torch.optim.AdamW(self.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.05)
         num_steps = self.trainer.estimated_stepping_batches
 
-        def one_cycle(step: int) -> float:  # a rise, then half a cosine
-            progress = min((step + 1) / num_steps, 1)  # resumed runs may take more steps
-            return min(progress / 0.3, 0.5 + 0.5 * math.cos(math.pi * (progress - 0.3) / 0.7))
+        def one_cycle(step: int) -> float:
+            progress = min((step + 1) / num_steps, 1)  # a resumed run may take more steps
+            rise, fall = progress / 0.3, (progress - 0.3) / 0.7
+            return rise if rise < 1 else 0.5 + 0.5 * math.cos(math.pi * fall)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-@dataclass(eq=False)  # keeps the callback hashable, which Lightning requires
+@dataclass(eq=False)  # eq=True would make it unhashable, and Lightning hashes callbacks
 class ImagePredictionLogger(pl.Callback):
-    """Logs to Weights & Biases which samples a classifier gets wrong.
+    """Logs the samples that a classifier gets wrong to Weights & Biases.
 
     After each validation and test epoch it logs the images with the highest loss ("hardest"), a
     fixed random selection ("examples"), the recall of each class, the lowest of these recalls and,
     for up to 100 classes, a confusion matrix.
 
-    A batch begins with inputs (N, ...) and integer labels (N,). Samples with a negative label are
-    left out. A step returns logits, float (N, classes), or (N, 1) for two classes, alone or as
-    "logits" in a dict; otherwise `module(inputs)` is called. Images are loaded again, as
-    `dataset[index]`, so the loader must not shuffle. A ValueError says what doesn't hold.
+    A batch starts with inputs (N, ...) and integer labels (N,). Samples with negative labels are
+    left out. A step returns logits, float (N, classes), or (N, 1) if there are two classes, or a
+    dict that has them as "logits". If it returns no logits, `module(inputs)` is called. Images are
+    loaded again, as `dataset[index]`, so the loader must not shuffle. Raises ValueError otherwise.
     """
 
     num_samples: int = 32  # images per panel; W&B shows up to 108
     class_names: Sequence[str] | None = None  # one per class; by default, classes are numbered
-    mean: Sequence[float] | None = None  # per channel, as passed to Normalize, to undo it
-    std: Sequence[float] | None = None
-    unpack: Callable | None = None  # for other formats: unpack(batch) returns (inputs, labels)
+    mean: Sequence[float] | None = None  # of each channel, as given to Normalize
+    std: Sequence[float] | None = None  # with both, Normalize is undone
+    unpack: Callable | None = None  # for other batches: unpack(batch) returns (inputs, labels)
     to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
 
-    FIELDS = "index, label, prediction, confidence, loss, logit_sum"  # are kept of each sample
-
     def on_validation_epoch_start(self, trainer, module):
-        self.batches = defaultdict(list)  # for each loader, a tensor per batch, from `judge`
+        self.batches = defaultdict(list)  # {dataloader_idx: tensors (5, N) from `judge`}
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
         try:
             inputs, labels = self.split_batch(batch)
             logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
-            is_matrix = isinstance(logits, Tensor) and logits.ndim == 2
-            if not is_matrix or not logits.is_floating_point() or len(logits) != len(labels):
-                with trainer.precision_plugin.val_step_context():  # such as autocast
+            is_float = isinstance(logits, Tensor) and logits.is_floating_point()
+            if not (is_float and logits.ndim == 2 and len(logits) == len(labels)):
+                with trainer.precision_plugin.val_step_context():  # autocast, for example
                     logits = module(inputs)
             self.batches[dataloader_idx].append(self.judge(logits.float(), labels))
         except Exception as error:
@@ -188,7 +186,7 @@ class ImagePredictionLogger(pl.Callback):
 
     def on_validation_epoch_end(self, trainer, module):
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        loaders = CombinedLoader(loaders).flattened  # from one loader, a list or a dict
+        loaders = CombinedLoader(loaders).flattened  # flattens one loader, a list or a dict
         for dataloader_idx, loader in enumerate(loaders):
             rows = self.make_rows(loader, self.batches.pop(dataloader_idx, []))
             rows = self.gather_rows(trainer, rows)
@@ -209,7 +207,7 @@ class ImagePredictionLogger(pl.Callback):
     def judge(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns labels, predictions, confidences, losses and sums of logits, float (5, N)."""
         if logits.shape[1] == 1:
-            logits = F.pad(logits, (1, 0))  # sigmoid(x) is the second value of softmax([0, x])
+            logits = F.pad(logits, (1, 0))  # adds a 0, since softmax([0, x])[1] is sigmoid(x)
         if self.class_names is not None and len(self.class_names) != logits.shape[1]:
             raise ValueError(f"{len(self.class_names)} class_names for {logits.shape[1]} classes")
         log_probabilities = logits.log_softmax(dim=1)
@@ -218,50 +216,50 @@ class ImagePredictionLogger(pl.Callback):
         return torch.stack([labels, predictions, highest.exp(), losses, logits.sum(dim=1)])
 
     def make_rows(self, loader, batches: list[Tensor]) -> np.ndarray:
-        """Returns the FIELDS of this process's samples. The index is -1 if it is unknown."""
+        """Returns one row for each sample of this process. The index is -1 if it is unknown."""
         columns = torch.cat(batches, dim=1).cpu().numpy() if batches else np.empty((5, 0))
         indices = np.full(columns.shape[1], -1)
         batch_sampler = getattr(loader, "batch_sampler", None)
         if batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            sampled = islice(batch_sampler, len(batches))  # the same again, if it doesn't shuffle
-            sampled = np.fromiter(chain.from_iterable(sampled), int)
-            indices = sampled if len(sampled) == len(indices) else indices
-        columns = [indices, *columns[:2].astype(np.int32), *columns[2:]]
-        return np.rec.fromarrays(columns, names=self.FIELDS)
+            # If it doesn't shuffle, the sampler yields the same indices again.
+            replayed = np.fromiter(chain.from_iterable(islice(batch_sampler, len(batches))), int)
+            indices = replayed if len(replayed) == len(indices) else indices
+        fields = [indices, *columns[:2].astype(np.int32), *columns[2:]]
+        return np.rec.fromarrays(fields, names="index, label, prediction, confidence, loss, sum")
 
     def gather_rows(self, trainer, rows: np.ndarray) -> np.ndarray:
-        """Joins the rows of all processes, one for each labelled sample."""
-        ranks = range(trainer.world_size)  # all_gather would need as many rows from each
+        """Joins the rows of all processes, without duplicates and unlabelled samples."""
+        ranks = range(trainer.world_size)  # broadcast, since all_gather needs equal sizes
         rows = np.concatenate([trainer.strategy.broadcast(rows, src=rank) for rank in ranks])
         if (rows["index"] >= 0).all():
             _, first = np.unique(rows["index"], return_index=True)
-            rows = rows[first]  # a DistributedSampler repeats some samples
+            rows = rows[first]  # sorted, without those that a DistributedSampler repeats
         return rows[rows["label"] >= 0]
 
     def log_panels(self, trainer, module, loader, dataloader_idx, rows: np.ndarray) -> None:
-        if np.allclose(rows["logit_sum"], 1, atol=0.01):
+        if np.allclose(rows["sum"], 1, atol=0.01):
             raise ValueError("ImagePredictionLogger needs logits, not probabilities")
         labels, predictions, names = rows["label"], rows["prediction"], self.name_classes(rows)
         is_right = predictions == labels
         recalls = {names[label]: is_right[labels == label].mean() for label in np.unique(labels)}
         prefix = "test" if trainer.testing else "val"
         suffix = f"/dataloader_idx_{dataloader_idx}" if dataloader_idx > 0 else ""
-        lowest_recall = f"{prefix}/lowest_recall{suffix}"
-        module.log(lowest_recall, min(recalls.values()), sync_dist=True, add_dataloader_idx=False)
+        lowest = f"{prefix}/lowest_recall{suffix}"  # through Lightning, so that it can be monitored
+        module.log(lowest, min(recalls.values()), sync_dist=True, add_dataloader_idx=False)
         if not trainer.is_global_zero:
             return
         panels = {f"{prefix}/recall/{name}{suffix}": recalls[name] for name in recalls}
         if rows["index"].min() < 0:
-            rank_zero_warn("ImagePredictionLogger shows no images: their indices are unknown.")
+            rank_zero_warn("ImagePredictionLogger shows no images: it can't know their indices.")
         else:
             hardest = np.argsort(-np.nan_to_num(rows["loss"], nan=np.inf), kind="stable")
             examples = np.random.default_rng(0).permutation(len(rows))
             for panel, order in {"hardest": hardest, "examples": examples}.items():
                 chosen = rows[order[: self.num_samples]]
-                media = [self.show(trainer, loader, dataloader_idx, row, names) for row in chosen]
+                media = [self.render(trainer, loader, dataloader_idx, row, names) for row in chosen]
                 panels[f"{prefix}/{panel}{suffix}"] = media
         self.log_to_wandb(trainer, panels)
-        if len(names) <= 100:
+        if len(names) <= 100:  # logged separately, since a chart can fail
             chart = wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=names)
             self.log_to_wandb(trainer, {f"{prefix}/confusion_matrix{suffix}": chart})
 
@@ -273,13 +271,13 @@ class ImagePredictionLogger(pl.Callback):
         are_unique = len(set(names)) == len(names)
         return names if are_unique else [f"{name} ({i})" for i, name in enumerate(names)]
 
-    def show(self, trainer, loader, dataloader_idx, row: np.void, names: list[str]):
-        """Loads a sample as Lightning's evaluation loop does, and returns W&B media."""
-        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # not on TPUs
+    def render(self, trainer, loader, dataloader_idx, row: np.void, names: list[str]):
+        """Loads a sample as Lightning's evaluation loop does, hooks included. Returns media."""
+        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # missing on TPUs
         batch = collate([loader.dataset[row["index"]]])
         batch = trainer.precision_plugin.convert_input(batch)  # to half precision, for example
         for owner in filter(None, (trainer.lightning_module, trainer.datamodule)):
-            batch = owner.on_before_batch_transfer(batch, dataloader_idx)  # one may override it
+            batch = owner.on_before_batch_transfer(batch, dataloader_idx)  # a no-op by default
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
         inputs, labels = self.split_batch(batch)
         if labels.item() != row["label"]:
@@ -292,9 +290,9 @@ class ImagePredictionLogger(pl.Callback):
         return (self.to_media or wandb.Image)(image, caption=caption)
 
     def make_visible(self, image: Tensor) -> Tensor:
-        """Converts images to uint8, since `wandb.Image` would truncate 0.9 to 0, which is black."""
+        """Converts images to uint8: wandb.Image (0.31) truncates floats, so 0.9 would be black."""
         if image.ndim < 3 or image.dtype == torch.uint8:
-            return image  # a text or a sound, or visible as it is
+            return image  # not an image, or already uint8
         image = image.float().nan_to_num()
         if self.mean is not None and self.std is not None:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
@@ -307,13 +305,13 @@ class ImagePredictionLogger(pl.Callback):
 
     def log_to_wandb(self, trainer, panels: dict) -> None:
         if trainer.sanity_checking or trainer.fast_dev_run:
-            return  # these only check that the panels can be made
+            return  # these runs only check that the panels can be made
         runs = [logger.experiment for logger in trainer.loggers]
         runs = [run for run in runs if isinstance(run, wandb.Run)]
         if not runs:
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
         for run in runs:
-            try:  # Lightning commits the row when it logs lowest_recall
+            try:  # Lightning commits the row when it logs its metrics, after this hook
                 run.log(panels, commit=False)
             except wandb.errors.CommError as error:  # charts need W&B's server
                 rank_zero_warn(f"ImagePredictionLogger could not log a chart: {error}")
@@ -330,10 +328,10 @@ def make_parser() -> ArgumentParser:
     add("--precision", default="32-true", help="32-true, 16-mixed, bf16-mixed, ...")
     add("--max_epochs", type=int, default=5, help="passes over the training set")
     add("--fast_dev_run", action="store_true", help="one batch of each stage; writes no files")
-    add("--batch_size", type=int, default=128, help="samples in a batch of one device")
+    add("--batch_size", type=int, default=128, help="samples per batch, on each device")
     add("--lr", type=float, default=0.015, help="highest learning rate of the schedule")
     add("--seed", type=int, default=0, help="for weights, order and random crops")
-    add("--dataset", choices=[*DATASETS, "digits"], help="by default mnist, or else digits")
+    add("--dataset", choices=[*DATASETS, "digits"], help="default: mnist, else digits")
     add("--data_dir", default="data", help="where the data set is, or will be downloaded to")
     add("--num_samples", type=int, default=32, help="pictures in a panel, up to 108")
     add("--ckpt_path", help="checkpoint to resume from")
@@ -345,8 +343,10 @@ def make_parser() -> ArgumentParser:
 
 def choose_wandb_mode() -> str | None:
     """Returns "offline" if there is no account or no answer, else None: W&B decides."""
-    with suppress(wandb.errors.AuthenticationError):
-        if wandb.setup().settings.mode != "online" or wandb.login(prompt=False):
+    if wandb.setup().settings.mode != "online":  # but WANDB_MODE
+        return None
+    with suppress(wandb.errors.AuthenticationError):  # no answer, or not to this key
+        if wandb.login(prompt=False):
             return None
     return "offline"
 
@@ -354,7 +354,7 @@ def choose_wandb_mode() -> str | None:
 def make_trainer(args: Namespace) -> pl.Trainer:
     if args.gpus is not None:
         args.accelerator, args.devices = ("gpu", args.gpus) if args.gpus else ("cpu", "auto")
-    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; W&B would wait forever
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; by default, forever
     mode = None if args.fast_dev_run else choose_wandb_mode()
     return pl.Trainer(
         accelerator=args.accelerator,
@@ -378,7 +378,7 @@ def make_trainer(args: Namespace) -> pl.Trainer:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains, then tests with the checkpoint of the lowest validation loss."""
+    """Trains, then tests the checkpoint with the lowest validation loss."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if not min(args.lr, args.num_nodes, args.max_epochs, args.batch_size, args.num_samples) > 0:
@@ -393,28 +393,28 @@ def main(argv: list[str] | None = None) -> None:
     dataset = args.dataset or ("digits" if args.fast_dev_run else None)
     data = DigitsDataModule(dataset, args.data_dir, args.batch_size)
     status = 1
-    try:  # weights_only: nothing in a checkpoint is executed
+    try:  # weights_only: a checkpoint can't execute code
         trainer.fit(model, data, ckpt_path=args.ckpt_path, weights_only=True)
         if not all(metric.isfinite() for metric in trainer.callback_metrics.values()):
             if not trainer.is_global_zero:
-                return  # with status 0, or Lightning would kill the first process before it ends
+                return  # if it failed, Lightning would kill rank 0 before its W&B run is finished
             raise FloatingPointError("the loss is not finite: try a lower --lr")
         best_path = trainer.checkpoint_callback.best_model_path
         trainer.test(model, data, ckpt_path=best_path or None, weights_only=True)
         with suppress(wandb.errors.CommError):  # the checkpoint is on disk anyway
             trainer.logger.experiment.log_model(best_path, "digit-classifier", ["best"])
         trainer.print(f"Checkpoint: {best_path or 'none, in a fast_dev_run'}")
-        status = 143 if trainer.received_sigterm else 0
-    except (Exception, SIGTERMException):  # after SIGTERM, Lightning would end with status 0
+        status = 0
+    except (Exception, SIGTERMException):  # after SIGTERM, Lightning alone would end with status 0
         if not trainer.received_sigterm:
             raise
-        status = 143
     finally:
+        status = 143 if trainer.received_sigterm else status
         wandb.finish(exit_code=status)
     if status != 0 and trainer.is_global_zero:
         raise SystemExit(status)
 
 
 if __name__ == "__main__":
-    gc.freeze()  # or Python would search all of PyTorch for garbage at its end, for a second
+    gc.freeze()  # saves a second of garbage collection at exit
     main()
