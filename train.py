@@ -92,7 +92,7 @@ class DigitsDataModule(pl.LightningDataModule):
         if self.trainer.training:
             images = transforms.RandomCrop(28, padding=1)(images)
         images = transforms.functional.normalize(images / 255, [MEAN], [STD])
-        return [self.trainer.precision_plugin.convert_input(images), labels]  # float32 until here
+        return [self.trainer.precision_plugin.convert_input(images), labels]  # to half, for example
 
 
 class DigitClassifier(pl.LightningModule):
@@ -333,20 +333,18 @@ def make_parser() -> ArgumentParser:
     add("--seed", type=int, default=0, help="for weights, order and random crops")
     add("--dataset", choices=[*DATASETS, "digits"], help="default: mnist, else digits")
     add("--data_dir", default="data", help="where the data set is, or will be downloaded to")
-    add("--num_samples", type=int, default=32, help="pictures in a panel, up to 108")
+    add("--num_samples", type=int, default=32, help="images per panel, up to 108")
     add("--ckpt_path", help="checkpoint to resume from")
-    add(
-        "--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"), help="W&B project"
-    )
+    add("--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"), help="of W&B")
     return parser
 
 
 def choose_wandb_mode() -> str | None:
     """Returns "offline" if there is no account or no answer, else None: W&B decides."""
-    if wandb.setup().settings.mode != "online":  # but WANDB_MODE
+    if wandb.setup().settings.mode != "online":  # as WANDB_MODE says
         return None
-    with suppress(wandb.errors.AuthenticationError):  # no answer, or not to this key
-        if wandb.login(prompt=False):
+    with suppress(wandb.errors.AuthenticationError):  # the key is refused, or nobody answers
+        if wandb.login(prompt=False):  # there is a key
             return None
     return "offline"
 
@@ -365,13 +363,14 @@ def make_trainer(args: Namespace) -> pl.Trainer:
         max_epochs=args.max_epochs,
         fast_dev_run=args.fast_dev_run,
         log_every_n_steps=10,
+        # With save_dir=None, W&B takes WANDB_DIR or the working directory.
         logger=pl.loggers.WandbLogger(project=args.project, save_dir=None, mode=mode),
         callbacks=[
             ImagePredictionLogger(args.num_samples, CLASS_NAMES.get(args.dataset), [MEAN], [STD]),
             pl.callbacks.LearningRateMonitor(),
             pl.callbacks.TQDMProgressBar(refresh_rate=20),
             pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # stops only at NaN
-            pl.callbacks.ModelCheckpoint(monitor="val/loss"),
+            pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # the trainer.checkpoint_callback
             pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),
         ],
     )
@@ -387,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         trainer = make_trainer(args)
         trainer.logger.log_hyperparams(vars(args))  # starts the run
-    except Exception as error:
+    except Exception as error:  # a wrong flag or W&B setting
         parser.error(" ".join(str(error).split()))
     model = DigitClassifier(args.lr)
     dataset = args.dataset or ("digits" if args.fast_dev_run else None)
