@@ -272,12 +272,13 @@ class ImagePredictionLogger(pl.Callback):
         return names if are_unique else [f"{name} ({i})" for i, name in enumerate(names)]
 
     def render(self, trainer, loader, dataloader_idx, row: np.void, names: list[str]):
-        """Loads a sample as Lightning's evaluation loop does, hooks included. Returns media."""
+        """Loads a sample in the steps of Lightning's evaluation loop, and returns W&B media."""
         collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # missing on TPUs
         batch = collate([loader.dataset[row["index"]]])
         batch = trainer.precision_plugin.convert_input(batch)  # to half precision, for example
         for owner in filter(None, (trainer.lightning_module, trainer.datamodule)):
             batch = owner.on_before_batch_transfer(batch, dataloader_idx)  # a no-op by default
+        # This also calls on_after_batch_transfer, in which our data module normalises.
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
         inputs, labels = self.split_batch(batch)
         if labels.item() != row["label"]:
