@@ -2,7 +2,6 @@
 
 python train.py                                  # on whatever this machine has: CPU, GPU or TPU
 python train.py --gpus 1 --precision bf16-mixed  # on one GPU, or with --gpus 8 on eight
-wandb leet wandb/latest-run                      # look at the run, without an account
 """
 
 import gc
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 import wandb
 from pytorch_lightning.utilities import CombinedLoader, rank_zero_warn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, random_split
 from torchvision import transforms
@@ -29,7 +29,7 @@ from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 
 DATASETS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}
 CLASS_NAMES = {"fashion-mnist": FashionMNIST.classes, "kmnist": KMNIST.classes}
-MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels, scaled to [0, 1]
+MEAN, STD = 0.1307, 0.3081  # mean and std of MNIST's pixels, scaled to [0, 1]
 
 
 def load_dataset(name: str, data_dir: str, train: bool) -> TensorDataset:
@@ -50,7 +50,7 @@ class DigitsDataModule(pl.LightningDataModule):
     def __init__(self, dataset: str | None, data_dir: str, batch_size: int) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.mnist_file = f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"  # downloaded last
+        self.mnist_file = f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"  # is downloaded last
 
     def prepare_data(self) -> None:
         """Downloads the data set. Lightning calls this in one process on each machine."""
@@ -59,20 +59,19 @@ class DigitsDataModule(pl.LightningDataModule):
         try:
             DATASETS[self.hparams.dataset or "mnist"](self.hparams.data_dir, download=True)
         except (RuntimeError, OSError):
-            if self.hparams.dataset or os.path.exists(self.mnist_file):  # which is damaged
+            if self.hparams.dataset or os.path.exists(self.mnist_file):  # asked for, or damaged
                 raise
             print("MNIST can't be downloaded, so scikit-learn's digits take its place.")
 
     def setup(self, stage: str) -> None:
         """Splits the data, always in the same way."""
         name = self.hparams.dataset or ("mnist" if os.path.exists(self.mnist_file) else "digits")
-        name = self.trainer.strategy.broadcast(name)  # the same on all machines
         self.save_hyperparameters({"dataset": name})  # replaces None, also in W&B's config
         data = load_dataset(name, self.hparams.data_dir, train=True)
         generator = torch.Generator().manual_seed(0)
         if name == "digits":
             train, self.val, self.test = random_split(data, [1413, 128, 256], generator)
-            self.train = Subset(train, list(range(1413)) * 8)  # each digit eight times an epoch
+            self.train = Subset(train, list(range(1413)) * 8)  # or an epoch would be very short
         else:
             self.train, self.val = random_split(data, [55_000, 5_000], generator)
             self.test = load_dataset(name, self.hparams.data_dir, train=False)
@@ -87,16 +86,16 @@ class DigitsDataModule(pl.LightningDataModule):
         return DataLoader(self.test, self.hparams.batch_size)
 
     def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
-        """Normalises images on the device. In training, shifts a batch by up to a pixel first."""
+        """On the device, shifts each training batch by up to a pixel, and normalises all images."""
         images, labels = batch
         if self.trainer.training:
             images = transforms.RandomCrop(28, padding=1)(images)
         images = transforms.functional.normalize(images / 255, [MEAN], [STD])
-        return [self.trainer.precision_plugin.convert_input(images), labels]  # to half, for example
+        return [self.trainer.precision_plugin.convert_input(images), labels]  # e.g. to half
 
 
 class DigitClassifier(pl.LightningModule):
-    """A small CNN in the shape of LeNet, with batch normalisation."""
+    """A small CNN like LeNet, with batch normalisation."""
 
     def __init__(self, lr: float = 0.015) -> None:
         super().__init__()
@@ -123,7 +122,7 @@ class DigitClassifier(pl.LightningModule):
         return self.compute_and_log("test", batch)["logits"]
 
     def compute_and_log(self, stage: str, batch: list[Tensor]) -> dict[str, Tensor]:
-        """Lightning averages loss and accuracy over an epoch, except in training."""
+        """Returns loss and logits, and logs loss and accuracy (in training, those of a batch)."""
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels)
@@ -138,8 +137,8 @@ class DigitClassifier(pl.LightningModule):
         optimizer = torch.optim.AdamW(self.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.05)
         num_steps = self.trainer.estimated_stepping_batches
 
-        def one_cycle(step: int) -> float:
-            progress = min((step + 1) / num_steps, 1)  # a resumed run may take more steps
+        def one_cycle(step: int) -> float:  # a linear rise, then half a cosine
+            progress = min((step + 1) / num_steps, 1)  # a resumed run may have more steps
             rise, fall = progress / 0.3, (progress - 0.3) / 0.7
             return rise if rise < 1 else 0.5 + 0.5 * math.cos(math.pi * fall)
 
@@ -149,46 +148,47 @@ class DigitClassifier(pl.LightningModule):
 
 @dataclass(eq=False)  # eq=True would make it unhashable, and Lightning hashes callbacks
 class ImagePredictionLogger(pl.Callback):
-    """Logs the samples that a classifier gets wrong to Weights & Biases.
+    """Logs to Weights & Biases what a classifier gets wrong.
 
-    After each validation and test epoch it logs the images with the highest loss ("hardest"), a
+    After each validation or test epoch, it logs the images with the highest loss ("hardest"), a
     fixed random selection ("examples"), the recall of each class, the lowest of these recalls and,
     for up to 100 classes, a confusion matrix.
 
-    A batch starts with inputs (N, ...) and integer labels (N,). Samples with negative labels are
-    left out. A step returns logits, float (N, classes), or (N, 1) if there are two classes, or a
-    dict that has them as "logits". If it returns no logits, `module(inputs)` is called. Images are
-    loaded again, as `dataset[index]`, so the loader must not shuffle. Raises ValueError otherwise.
+    The first two items of a batch must be inputs (N, ...) and integer labels (N,). Samples with
+    negative labels are ignored. A step returns logits, float (N, classes), or (N, 1) for two
+    classes, directly or in a dict with the key "logits". If it doesn't, `module(inputs)` is called.
+    Loaders must not shuffle, because images are reloaded as `dataset[index]`, with the indices that
+    the sampler gives when it is run again. Raises ValueError if it notices a violation.
     """
 
     num_samples: int = 32  # images per panel; W&B shows up to 108
     class_names: Sequence[str] | None = None  # one per class; by default, classes are numbered
     mean: Sequence[float] | None = None  # of each channel, as given to Normalize
     std: Sequence[float] | None = None  # with both, Normalize is undone
-    unpack: Callable | None = None  # for other batches: unpack(batch) returns (inputs, labels)
+    unpack: Callable | None = None  # for other formats: unpack(batch) returns (inputs, labels)
     to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
 
     def on_validation_epoch_start(self, trainer, module):
-        self.batches = defaultdict(list)  # {dataloader_idx: tensors (5, N) from `judge`}
+        self.judged = defaultdict(list)  # {dataloader_idx: what `judge` returned for each batch}
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
         try:
             inputs, labels = self.split_batch(batch)
             logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
             is_float = isinstance(logits, Tensor) and logits.is_floating_point()
-            if not (is_float and logits.ndim == 2 and len(logits) == len(labels)):
-                with trainer.precision_plugin.val_step_context():  # autocast, for example
+            if not (is_float and logits.ndim == 2 and len(logits) == len(labels)):  # no logits
+                with trainer.precision_plugin.val_step_context():  # e.g. autocast
                     logits = module(inputs)
-            self.batches[dataloader_idx].append(self.judge(logits.float(), labels))
+            self.judged[dataloader_idx].append(self.judge(logits.float(), labels))
         except Exception as error:
             needs = "labels (N,) from batch or unpack, logits (N, classes) or (N, 1) from the step"
             raise ValueError(f"ImagePredictionLogger needs {needs}, but: {error!r}") from error
 
     def on_validation_epoch_end(self, trainer, module):
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        loaders = CombinedLoader(loaders).flattened  # flattens one loader, a list or a dict
+        loaders = CombinedLoader(loaders).flattened  # they may be one loader, a list or a dict
         for dataloader_idx, loader in enumerate(loaders):
-            rows = self.make_rows(loader, self.batches.pop(dataloader_idx, []))
+            rows = self.make_rows(loader, self.judged.pop(dataloader_idx, []))
             rows = self.gather_rows(trainer, rows)
             if len(rows) > 0:
                 self.log_panels(trainer, module, loader, dataloader_idx, rows)
@@ -198,16 +198,16 @@ class ImagePredictionLogger(pl.Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def split_batch(self, batch) -> tuple:
-        """Returns inputs (N, ...) and labels, int64 (N,), with -1 for unlabelled samples."""
+        """Returns inputs (N, ...) and labels, int64 (N,). Every negative label becomes -1."""
         inputs, labels = self.unpack(batch) if self.unpack else batch[:2]
         if labels.is_floating_point() and (labels != labels.round()).any():
             raise ValueError("labels must be integers")
         return inputs, labels.reshape(len(labels)).long().clamp(min=-1)  # (N, 1) becomes (N,)
 
     def judge(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns labels, predictions, confidences, losses and sums of logits, float (5, N)."""
+        """Returns label, prediction, confidence, loss and sum (1 for probabilities), (5, N)."""
         if logits.shape[1] == 1:
-            logits = F.pad(logits, (1, 0))  # adds a 0, since softmax([0, x])[1] is sigmoid(x)
+            logits = F.pad(logits, (1, 0))  # prepends 0, since softmax([0, x])[1] is sigmoid(x)
         if self.class_names is not None and len(self.class_names) != logits.shape[1]:
             raise ValueError(f"{len(self.class_names)} class_names for {logits.shape[1]} classes")
         log_probabilities = logits.log_softmax(dim=1)
@@ -216,24 +216,24 @@ class ImagePredictionLogger(pl.Callback):
         return torch.stack([labels, predictions, highest.exp(), losses, logits.sum(dim=1)])
 
     def make_rows(self, loader, batches: list[Tensor]) -> np.ndarray:
-        """Returns one row for each sample of this process. The index is -1 if it is unknown."""
+        """Returns one row per sample that this process has seen, with index -1 if it is unknown."""
         columns = torch.cat(batches, dim=1).cpu().numpy() if batches else np.empty((5, 0))
         indices = np.full(columns.shape[1], -1)
         batch_sampler = getattr(loader, "batch_sampler", None)
         if batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            # If it doesn't shuffle, the sampler yields the same indices again.
+            # Which samples a loader drew is not recorded, but its sampler draws them again.
             replayed = np.fromiter(chain.from_iterable(islice(batch_sampler, len(batches))), int)
             indices = replayed if len(replayed) == len(indices) else indices
-        fields = [indices, *columns[:2].astype(np.int32), *columns[2:]]
+        fields = [indices, *columns[:2].astype(np.int32), *columns[2:]]  # first two: integers
         return np.rec.fromarrays(fields, names="index, label, prediction, confidence, loss, sum")
 
     def gather_rows(self, trainer, rows: np.ndarray) -> np.ndarray:
-        """Joins the rows of all processes, without duplicates and unlabelled samples."""
-        ranks = range(trainer.world_size)  # broadcast, since all_gather needs equal sizes
+        """Joins the rows of all processes, and drops duplicates and unlabelled samples."""
+        ranks = range(trainer.world_size)  # they broadcast, as all_gather needs equal sizes
         rows = np.concatenate([trainer.strategy.broadcast(rows, src=rank) for rank in ranks])
         if (rows["index"] >= 0).all():
             _, first = np.unique(rows["index"], return_index=True)
-            rows = rows[first]  # sorted, without those that a DistributedSampler repeats
+            rows = rows[first]  # sorted by index; a DistributedSampler repeats some samples
         return rows[rows["label"] >= 0]
 
     def log_panels(self, trainer, module, loader, dataloader_idx, rows: np.ndarray) -> None:
@@ -244,7 +244,7 @@ class ImagePredictionLogger(pl.Callback):
         recalls = {names[label]: is_right[labels == label].mean() for label in np.unique(labels)}
         prefix = "test" if trainer.testing else "val"
         suffix = f"/dataloader_idx_{dataloader_idx}" if dataloader_idx > 0 else ""
-        lowest = f"{prefix}/lowest_recall{suffix}"  # through Lightning, so that it can be monitored
+        lowest = f"{prefix}/lowest_recall{suffix}"  # equal on all ranks; callbacks can monitor it
         module.log(lowest, min(recalls.values()), sync_dist=True, add_dataloader_idx=False)
         if not trainer.is_global_zero:
             return
@@ -252,14 +252,14 @@ class ImagePredictionLogger(pl.Callback):
         if rows["index"].min() < 0:
             rank_zero_warn("ImagePredictionLogger shows no images: it can't know their indices.")
         else:
-            hardest = np.argsort(-np.nan_to_num(rows["loss"], nan=np.inf), kind="stable")
+            hardest = np.argsort(rows["loss"], kind="stable")[::-1]  # descending, NaN first
             examples = np.random.default_rng(0).permutation(len(rows))
             for panel, order in {"hardest": hardest, "examples": examples}.items():
                 chosen = rows[order[: self.num_samples]]
                 media = [self.render(trainer, loader, dataloader_idx, row, names) for row in chosen]
                 panels[f"{prefix}/{panel}{suffix}"] = media
         self.log_to_wandb(trainer, panels)
-        if len(names) <= 100:  # logged separately, since a chart can fail
+        if len(names) <= 100:  # on its own, as a chart fails without W&B's server
             chart = wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=names)
             self.log_to_wandb(trainer, {f"{prefix}/confusion_matrix{suffix}": chart})
 
@@ -272,16 +272,17 @@ class ImagePredictionLogger(pl.Callback):
         return names if are_unique else [f"{name} ({i})" for i, name in enumerate(names)]
 
     def render(self, trainer, loader, dataloader_idx, row: np.void, names: list[str]):
-        """Loads a sample in the steps of Lightning's evaluation loop, and returns W&B media."""
+        """Loads a sample the way Lightning's evaluation loop does, and returns it as W&B media."""
         collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # missing on TPUs
         batch = collate([loader.dataset[row["index"]]])
-        batch = trainer.precision_plugin.convert_input(batch)  # to half precision, for example
-        for owner in filter(None, (trainer.lightning_module, trainer.datamodule)):
-            batch = owner.on_before_batch_transfer(batch, dataloader_idx)  # a no-op by default
+        batch = trainer.precision_plugin.convert_input(batch)  # e.g. to half precision
+        in_datamodule = is_overridden("on_before_batch_transfer", trainer.datamodule)
+        owner = trainer.datamodule if in_datamodule else trainer.lightning_module
+        batch = owner.on_before_batch_transfer(batch, dataloader_idx)
         # This also calls on_after_batch_transfer, in which our data module normalises.
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
         inputs, labels = self.split_batch(batch)
-        if labels.item() != row["label"]:
+        if labels.item() != row["label"]:  # it is another sample
             raise ValueError("ImagePredictionLogger needs loaders that don't shuffle")
         prediction, label = names[row["prediction"]], names[row["label"]]
         caption = f"Pred: {prediction} ({row['confidence']:.0%}), Label: {label} (#{row['index']})"
@@ -291,9 +292,9 @@ class ImagePredictionLogger(pl.Callback):
         return (self.to_media or wandb.Image)(image, caption=caption)
 
     def make_visible(self, image: Tensor) -> Tensor:
-        """Converts images to uint8: wandb.Image (0.31) truncates floats, so 0.9 would be black."""
+        """Converts images to uint8: wandb.Image casts floats without scaling, and 0.9 is black."""
         if image.ndim < 3 or image.dtype == torch.uint8:
-            return image  # not an image, or already uint8
+            return image  # not an image, or uint8 already
         image = image.float().nan_to_num()
         if self.mean is not None and self.std is not None:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
@@ -306,14 +307,14 @@ class ImagePredictionLogger(pl.Callback):
 
     def log_to_wandb(self, trainer, panels: dict) -> None:
         if trainer.sanity_checking or trainer.fast_dev_run:
-            return  # these runs only check that the panels can be made
+            return  # these runs only check that the panels can be built
         runs = [logger.experiment for logger in trainer.loggers]
         runs = [run for run in runs if isinstance(run, wandb.Run)]
         if not runs:
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
         for run in runs:
-            try:  # Lightning commits the row when it logs its metrics, after this hook
-                run.log(panels, commit=False)
+            try:
+                run.log(panels, commit=False)  # Lightning commits when it logs, after this hook
             except wandb.errors.CommError as error:  # charts need W&B's server
                 rank_zero_warn(f"ImagePredictionLogger could not log a chart: {error}")
 
@@ -332,7 +333,7 @@ def make_parser() -> ArgumentParser:
     add("--batch_size", type=int, default=128, help="samples per batch, on each device")
     add("--lr", type=float, default=0.015, help="highest learning rate of the schedule")
     add("--seed", type=int, default=0, help="for weights, order and random crops")
-    add("--dataset", choices=[*DATASETS, "digits"], help="default: mnist, else digits")
+    add("--dataset", choices=[*DATASETS, "digits"], help="None: mnist, or else digits")
     add("--data_dir", default="data", help="where the data set is, or will be downloaded to")
     add("--num_samples", type=int, default=32, help="images per panel, up to 108")
     add("--ckpt_path", help="checkpoint to resume from")
@@ -341,8 +342,8 @@ def make_parser() -> ArgumentParser:
 
 
 def choose_wandb_mode() -> str | None:
-    """Returns "offline" if there is no account or no answer, else None: W&B decides."""
-    if wandb.setup().settings.mode != "online":  # as WANDB_MODE says
+    """Returns "offline" if there is no account or W&B can't be reached, else None: W&B decides."""
+    if wandb.setup().settings.mode != "online":  # WANDB_MODE is set
         return None
     with suppress(wandb.errors.AuthenticationError):  # the key is refused, or nobody answers
         if wandb.login(prompt=False):  # there is a key
@@ -353,7 +354,7 @@ def choose_wandb_mode() -> str | None:
 def make_trainer(args: Namespace) -> pl.Trainer:
     if args.gpus is not None:
         args.accelerator, args.devices = ("gpu", args.gpus) if args.gpus else ("cpu", "auto")
-    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; by default, forever
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; W&B would wait forever
     mode = None if args.fast_dev_run else choose_wandb_mode()
     return pl.Trainer(
         accelerator=args.accelerator,
@@ -364,13 +365,12 @@ def make_trainer(args: Namespace) -> pl.Trainer:
         max_epochs=args.max_epochs,
         fast_dev_run=args.fast_dev_run,
         log_every_n_steps=10,
-        # With save_dir=None, W&B takes WANDB_DIR or the working directory.
         logger=pl.loggers.WandbLogger(project=args.project, save_dir=None, mode=mode),
         callbacks=[
             ImagePredictionLogger(args.num_samples, CLASS_NAMES.get(args.dataset), [MEAN], [STD]),
             pl.callbacks.LearningRateMonitor(),
             pl.callbacks.TQDMProgressBar(refresh_rate=20),
-            pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # stops only at NaN
+            pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # stops at NaN and inf
             pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # the trainer.checkpoint_callback
             pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),
         ],
@@ -395,9 +395,9 @@ def main(argv: list[str] | None = None) -> None:
     status = 1
     try:  # weights_only: a checkpoint can't execute code
         trainer.fit(model, data, ckpt_path=args.ckpt_path, weights_only=True)
-        if not all(metric.isfinite() for metric in trainer.callback_metrics.values()):
+        if not math.isfinite(trainer.callback_metrics.get("val/loss", 0)):
             if not trainer.is_global_zero:
-                return  # if it failed, Lightning would kill rank 0 before its W&B run is finished
+                return  # a failing rank makes Lightning kill rank 0, before its W&B run is finished
             raise FloatingPointError("the loss is not finite: try a lower --lr")
         best_path = trainer.checkpoint_callback.best_model_path
         trainer.test(model, data, ckpt_path=best_path or None, weights_only=True)
@@ -416,5 +416,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # saves a second of garbage collection at exit
+    gc.freeze()  # saves two seconds of garbage collection
     main()
