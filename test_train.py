@@ -29,15 +29,14 @@ from train import DigitClassifier, DigitsDataModule, ImagePredictionLogger, load
 DIGITS = ["--dataset", "digits", "--accelerator", "cpu"]
 HEALTHY = [*DIGITS, "--max_epochs", "2", "--num_samples", "100", "--lr", "0.01"]
 torch.set_num_threads(1)  # other processes share two cores with these tests
+for name in [name for name in os.environ if name.startswith("WANDB_")]:
+    del os.environ[name]  # whoever runs the tests may have an account
+os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """An empty working folder, and W&B offline: whoever runs the tests may have an account."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    """An empty working folder."""
     monkeypatch.chdir(tmp_path)
     yield
     wandb.finish(exit_code=1)
@@ -118,7 +117,6 @@ def healthy(tmp_path_factory):
     """Two epochs on scikit-learn's digits, with pictures of 100 of the 128 validation samples."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("healthy"))
-        patch.setenv("WANDB_MODE", "offline")
         main(HEALTHY)
         run = Run()
         wandb.teardown()
@@ -168,8 +166,7 @@ def test_panels_show_what_the_best_checkpoint_says_and_it_is_an_artifact(healthy
     counts = healthy.confusion("test/confusion_matrix")
     pairs = list(zip(labels.tolist(), predictions.tolist(), strict=True))
     assert all(count == pairs.count((int(x), int(y))) for (x, y), count in counts.items())
-    recall = counts["3", "3"] / sum(label == 3 for label, _ in pairs)
-    assert healthy.last("test/recall/3") == pytest.approx(recall)
+    assert healthy.last("test/recall/3") == pytest.approx(counts["3", "3"] / int(sum(labels == 3)))
     (artifact,) = healthy.best_artifacts
     assert artifact["manifest"]["contents"][0]["path"] == Path(best).name
 
@@ -185,8 +182,7 @@ def test_without_mnist_digits_take_its_place_but_damage_is_an_error(monkeypatch,
     with pytest.raises(RuntimeError, match="Error downloading"):
         main(["--accelerator", "cpu", "--dataset", "mnist"])
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
-        header = b"\0\0\x08\x03" + np.array([10, 28, 28], ">i4").tobytes()
-        Path(f"data/MNIST/raw/{name}-ubyte").write_bytes(header + b"damaged")
+        Path(f"data/MNIST/raw/{name}-ubyte").write_bytes(b"\0\0\x08\x03" + b"\0\0\0\x1c" * 3 + b"x")
     with pytest.raises(RuntimeError, match="shape .* is invalid"):
         main(["--accelerator", "cpu"])
     assert "take its place" not in capsys.readouterr().out
@@ -247,15 +243,13 @@ def test_shuffled_labels_cannot_be_learnt_and_do_not_fit_the_pictures(monkeypatc
 
 
 def test_flipped_labels_fill_the_top_of_hardest(monkeypatch, healthy):
-    flipped = []
+    fours = (digits_of("val")[1] == 4).nonzero()[:5, 0].tolist()
 
     def call_five_fours_five(data):
-        labels = data.val.dataset.tensors[1]
-        flipped[:] = [n for n, i in enumerate(data.val.indices) if labels[i] == 4][:5]
-        labels[[data.val.indices[n] for n in flipped]] = 5
+        data.val.dataset.tensors[1][[data.val.indices[index] for index in fours]] = 5
 
     run = broken_run(monkeypatch, call_five_fours_five, trained=healthy)
-    assert run.labelled_5_but_surely_4() == flipped
+    assert run.labelled_5_but_surely_4() == fours
 
 
 IMAGES, LABELS = torch.rand(24, 1, 8, 8), torch.arange(24) % 3
@@ -300,9 +294,7 @@ def fit(module, *datasets, callbacks=(), max_epochs=2, flags=None, **arguments):
     return Run()
 
 
-@pytest.mark.parametrize(
-    "spoil", [torch.zeros_like, lambda images: images.mT, lambda images: images * 2 - 1]
-)
+@pytest.mark.parametrize("spoil", [torch.zeros_like, lambda x: x.mT, lambda x: x * 2 - 1])
 def test_a_picture_shows_what_the_step_really_got(spoil):
     class Spoiling(Foreign):
         def on_after_batch_transfer(self, batch, dataloader_idx):
@@ -342,8 +334,7 @@ def test_other_modules_are_shown_as_they_are(case):
     run = fit(module, dataset, **arguments)
     names = list(arguments.get("class_names", "012"))
     assert sum(run.confusion().values()) == 24 and len(run.rows("val/hardest.captions")) == 2
-    with torch.no_grad():
-        logits = module(IMAGES)
+    logits = module(IMAGES).detach()
     predictions = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
     for prediction, _, label, index in run.samples("val/hardest"):
         assert prediction == names[predictions[index]]
@@ -436,9 +427,6 @@ def test_what_cannot_be_shown_is_one_error(dataset, module, arguments, message):
 
 
 def test_two_processes_count_each_sample_once_and_do_not_wait_for_ever():
-    class Pairwise(BatchSampler):
-        """Lightning makes it again, with a DistributedSampler of its own."""
-
     class Logging(pl.Callback):
         def on_validation_epoch_end(self, trainer, module):
             module.log("rank", float(trainer.global_rank), sync_dist=True)
@@ -447,8 +435,8 @@ def test_two_processes_count_each_sample_once_and_do_not_wait_for_ever():
         def on_validation_epoch_end(self):
             self.all_gather(torch.zeros(1))
 
-    five = TensorDataset(IMAGES[:5], LABELS[:5])
-    loader = DataLoader(five, batch_sampler=Pairwise(range(5), batch_size=2, drop_last=False))
+    five, pairwise = TensorDataset(IMAGES[:5], LABELS[:5]), type("Pairwise", (BatchSampler,), {})
+    loader = DataLoader(five, batch_sampler=pairwise(range(5), batch_size=2, drop_last=False))
     two = {"devices": 2, "strategy": "ddp_fork"}
     run = fit(Gathering(net()), loader, flags=two, callbacks=[Logging()])
     assert sum(run.confusion().values()) == 5 and run.last("rank") == 0.5
@@ -493,7 +481,8 @@ def main_with_event(what):
 def run_in(folder, what):
     """In a forked process, which need not import PyTorch again."""
     os.chdir(folder)
-    os.environ |= SERVER if what.startswith("nothing") else {"WANDB_MODE": "offline"}
+    os.environ |= SERVER if what.startswith("nothing") else {}
+    os.environ["WANDB_SILENT"] = "false"
     os.environ["MASTER_PORT"] = str(20_000 + os.getpid() % 9_999)  # not the same for two runs
     sys.stdout = sys.stderr = open("output", "w", buffering=1)  # noqa: SIM115
     if what.endswith("1"):
@@ -519,11 +508,10 @@ def test_a_run_that_is_stopped_or_diverges_is_not_called_finished(what, started)
     process.join(timeout=120)
     run, output = Run(folder), (folder / "output").read_text()
     status = {"SIGTERM": 143, "nothing": 0}.get(what.split()[0], 1)
-    assert (process.exitcode, run.exit_codes) == (status, [status]), output
+    assert (process.exitcode, run.exit_codes) == (status, [min(status, 1)]), output
     if status == 0:  # and W&B's server can't be reached
         assert output.count("syncing is set to `offline`") == 1
-        files = [file for file in folder.rglob("*") if file.is_file()]
-        assert not any(KEY.encode() in file.read_bytes() for file in files)
+        assert not any(KEY.encode() in f.read_bytes() for f in folder.rglob("*") if f.is_file())
     assert ("Checkpoint: " in output) == bool(run.rows("test/hardest.captions")) == (status == 0)
     assert "nan" not in what or "loss is not finite" in output.strip().splitlines()[-1]
     assert status == 0 or not run.best_artifacts
@@ -536,11 +524,9 @@ def test_a_resumed_run_does_all_epochs_and_does_not_raise_the_learning_rate(monk
     assert run.last("test/accuracy") > 0.95
 
 
-WRONG = (
-    "--lr nan, --lr 0, --lr x, --batch_size 0, --max_epochs x, --num_nodes 0, --num_samples -1, "
-)
+WRONG = "--lr nan, --lr 0, --lr x, --batch_size 0, --max_epochs x, --num_nodes 0, --num_samples -1"
 WRONG += (
-    "--devices 0, --gpus 99, --strategy x, --precision x, --dataset x, --unknown, --project a/b"
+    ", --devices 0, --gpus 99, --strategy x, --precision x, --dataset x, --unknown, --project a/b"
 )
 
 

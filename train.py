@@ -7,6 +7,8 @@ python train.py --gpus 1 --precision bf16-mixed  # on one GPU, or with --gpus 8 
 import gc
 import math
 import os
+import signal
+import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +22,6 @@ import torch
 import torch.nn.functional as F
 import wandb
 from pytorch_lightning.utilities import CombinedLoader, rank_zero_warn
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, random_split
@@ -64,14 +65,14 @@ class DigitsDataModule(pl.LightningDataModule):
             print("MNIST can't be downloaded, so scikit-learn's digits take its place.")
 
     def setup(self, stage: str) -> None:
-        """Splits the data, always in the same way."""
+        """Splits the data, independently of the seed."""
         name = self.hparams.dataset or ("mnist" if os.path.exists(self.mnist_file) else "digits")
         self.save_hyperparameters({"dataset": name})  # replaces None, also in W&B's config
         data = load_dataset(name, self.hparams.data_dir, train=True)
         generator = torch.Generator().manual_seed(0)
         if name == "digits":
             train, self.val, self.test = random_split(data, [1413, 128, 256], generator)
-            self.train = Subset(train, list(range(1413)) * 8)  # or an epoch would be very short
+            self.train = Subset(train, list(range(1413)) * 8)  # so that an epoch has enough steps
         else:
             self.train, self.val = random_split(data, [55_000, 5_000], generator)
             self.test = load_dataset(name, self.hparams.data_dir, train=False)
@@ -148,17 +149,15 @@ class DigitClassifier(pl.LightningModule):
 
 @dataclass(eq=False)  # eq=True would make it unhashable, and Lightning hashes callbacks
 class ImagePredictionLogger(pl.Callback):
-    """Logs to Weights & Biases what a classifier gets wrong.
+    """Logs to Weights & Biases what a classifier gets wrong, after each validation or test epoch.
 
-    After each validation or test epoch, it logs the images with the highest loss ("hardest"), a
-    fixed random selection ("examples"), the recall of each class, the lowest of these recalls and,
-    for up to 100 classes, a confusion matrix.
+    That is the images with the highest loss ("hardest"), a fixed random selection ("examples"), the
+    recall of each class, the lowest of these recalls, and a confusion matrix of up to 100 classes.
 
     The first two items of a batch must be inputs (N, ...) and integer labels (N,). Samples with
     negative labels are ignored. A step returns logits, float (N, classes), or (N, 1) for two
-    classes, directly or in a dict with the key "logits". If it doesn't, `module(inputs)` is called.
-    Loaders must not shuffle, because images are reloaded as `dataset[index]`, with the indices that
-    the sampler gives when it is run again. Raises ValueError if it notices a violation.
+    classes, directly or as "logits" in a dict; otherwise `module(inputs)` is called. Loaders must
+    not shuffle, as images are reloaded by index. Raises ValueError if it notices a violation.
     """
 
     num_samples: int = 32  # images per panel; W&B shows up to 108
@@ -240,8 +239,7 @@ class ImagePredictionLogger(pl.Callback):
         if np.allclose(rows["sum"], 1, atol=0.01):
             raise ValueError("ImagePredictionLogger needs logits, not probabilities")
         labels, predictions, names = rows["label"], rows["prediction"], self.name_classes(rows)
-        is_right = predictions == labels
-        recalls = {names[label]: is_right[labels == label].mean() for label in np.unique(labels)}
+        recalls = {names[i]: np.mean(predictions[labels == i] == i) for i in np.unique(labels)}
         prefix = "test" if trainer.testing else "val"
         suffix = f"/dataloader_idx_{dataloader_idx}" if dataloader_idx > 0 else ""
         lowest = f"{prefix}/lowest_recall{suffix}"  # equal on all ranks; callbacks can monitor it
@@ -272,14 +270,13 @@ class ImagePredictionLogger(pl.Callback):
         return names if are_unique else [f"{name} ({i})" for i, name in enumerate(names)]
 
     def render(self, trainer, loader, dataloader_idx, row: np.void, names: list[str]):
-        """Loads a sample the way Lightning's evaluation loop does, and returns it as W&B media."""
+        """Loads a sample as Lightning's evaluation loop does, hooks included. Returns W&B media."""
         collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # missing on TPUs
         batch = collate([loader.dataset[row["index"]]])
         batch = trainer.precision_plugin.convert_input(batch)  # e.g. to half precision
         in_datamodule = is_overridden("on_before_batch_transfer", trainer.datamodule)
         owner = trainer.datamodule if in_datamodule else trainer.lightning_module
         batch = owner.on_before_batch_transfer(batch, dataloader_idx)
-        # This also calls on_after_batch_transfer, in which our data module normalises.
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
         inputs, labels = self.split_batch(batch)
         if labels.item() != row["label"]:  # it is another sample
@@ -301,8 +298,7 @@ class ImagePredictionLogger(pl.Callback):
             image = image * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
         elif image.min() < 0 or image.max() > 1:
             rank_zero_warn("ImagePredictionLogger rescales images; are mean and std missing?")
-            image = image - image.min()
-            image = image / image.max().clamp(min=1e-9)
+            image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-9)
         return (image.clamp(0, 1) * 255).round().byte()
 
     def log_to_wandb(self, trainer, panels: dict) -> None:
@@ -319,12 +315,22 @@ class ImagePredictionLogger(pl.Callback):
                 rank_zero_warn(f"ImagePredictionLogger could not log a chart: {error}")
 
 
+class StopAtSigterm(pl.Callback):
+    """Ends a run at SIGTERM. Lightning 2.6's own handler can wait forever for other processes."""
+
+    def on_train_start(self, trainer, module):
+        with suppress(ValueError):  # raised in any thread but the main one
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    on_sanity_check_start = on_test_start = on_train_start
+
+
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(usage=SUPPRESS, formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--gpus", type=int, help="short for --accelerator gpu --devices GPUS; 0 means the CPU")
     add("--accelerator", default="auto", help="cpu, gpu, tpu, mps or auto")
-    add("--devices", default="auto", help="how many, or which, as in 0,1, or -1 for all")
+    add("--devices", default="auto", help="a number, a list such as 0,1, or -1 for all")
     add("--strategy", default="auto", help="ddp, fsdp, ...")
     add("--num_nodes", type=int, default=1, help="number of machines")
     add("--precision", default="32-true", help="32-true, 16-mixed, bf16-mixed, ...")
@@ -332,9 +338,9 @@ def make_parser() -> ArgumentParser:
     add("--fast_dev_run", action="store_true", help="one batch of each stage; writes no files")
     add("--batch_size", type=int, default=128, help="samples per batch, on each device")
     add("--lr", type=float, default=0.015, help="highest learning rate of the schedule")
-    add("--seed", type=int, default=0, help="for weights, order and random crops")
-    add("--dataset", choices=[*DATASETS, "digits"], help="None: mnist, or else digits")
-    add("--data_dir", default="data", help="where the data set is, or will be downloaded to")
+    add("--seed", type=int, default=0, help="for initial weights, shuffling and random crops")
+    add("--dataset", choices=[*DATASETS, "digits"], help="by default mnist, or digits")
+    add("--data_dir", default="data", help="folder of the data set, which is downloaded if missing")
     add("--num_samples", type=int, default=32, help="images per panel, up to 108")
     add("--ckpt_path", help="checkpoint to resume from")
     add("--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"), help="of W&B")
@@ -345,7 +351,7 @@ def choose_wandb_mode() -> str | None:
     """Returns "offline" if there is no account or W&B can't be reached, else None: W&B decides."""
     if wandb.setup().settings.mode != "online":  # WANDB_MODE is set
         return None
-    with suppress(wandb.errors.AuthenticationError):  # the key is refused, or nobody answers
+    with suppress(wandb.errors.AuthenticationError):  # invalid key, or no server
         if wandb.login(prompt=False):  # there is a key
             return None
     return "offline"
@@ -368,10 +374,11 @@ def make_trainer(args: Namespace) -> pl.Trainer:
         logger=pl.loggers.WandbLogger(project=args.project, save_dir=None, mode=mode),
         callbacks=[
             ImagePredictionLogger(args.num_samples, CLASS_NAMES.get(args.dataset), [MEAN], [STD]),
+            StopAtSigterm(),
+            pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # stops at NaN or inf
             pl.callbacks.LearningRateMonitor(),
             pl.callbacks.TQDMProgressBar(refresh_rate=20),
-            pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # stops at NaN and inf
-            pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # the trainer.checkpoint_callback
+            pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # trainer.checkpoint_callback
             pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),
         ],
     )
@@ -389,30 +396,23 @@ def main(argv: list[str] | None = None) -> None:
         trainer.logger.log_hyperparams(vars(args))  # starts the run
     except Exception as error:  # a wrong flag or W&B setting
         parser.error(" ".join(str(error).split()))
-    model = DigitClassifier(args.lr)
     dataset = args.dataset or ("digits" if args.fast_dev_run else None)
     data = DigitsDataModule(dataset, args.data_dir, args.batch_size)
     status = 1
-    try:  # weights_only: a checkpoint can't execute code
-        trainer.fit(model, data, ckpt_path=args.ckpt_path, weights_only=True)
+    try:  # weights_only: no code in a checkpoint is run
+        trainer.fit(DigitClassifier(args.lr), data, ckpt_path=args.ckpt_path, weights_only=True)
         if not math.isfinite(trainer.callback_metrics.get("val/loss", 0)):
             if not trainer.is_global_zero:
                 return  # a failing rank makes Lightning kill rank 0, before its W&B run is finished
             raise FloatingPointError("the loss is not finite: try a lower --lr")
         best_path = trainer.checkpoint_callback.best_model_path
-        trainer.test(model, data, ckpt_path=best_path or None, weights_only=True)
+        trainer.test(trainer.lightning_module, data, ckpt_path=best_path or None, weights_only=True)
         with suppress(wandb.errors.CommError):  # the checkpoint is on disk anyway
             trainer.logger.experiment.log_model(best_path, "digit-classifier", ["best"])
         trainer.print(f"Checkpoint: {best_path or 'none, in a fast_dev_run'}")
         status = 0
-    except (Exception, SIGTERMException):  # after SIGTERM, Lightning alone would end with status 0
-        if not trainer.received_sigterm:
-            raise
     finally:
-        status = 143 if trainer.received_sigterm else status
         wandb.finish(exit_code=status)
-    if status != 0 and trainer.is_global_zero:
-        raise SystemExit(status)
 
 
 if __name__ == "__main__":
