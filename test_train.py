@@ -465,6 +465,7 @@ SERVER = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB
 def main_with_event(what):
     """An epoch of four steps in which something happens."""
     event, when, devices = what.split()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     DigitsDataModule.train_dataloader = lambda data: DataLoader(Subset(data.train, range(400)), 100)
 
     def happen(module, *_):
