@@ -52,7 +52,10 @@ class Run:
         (file,) = self.folder.glob("*.wandb")
         # What `wandb leet inspect --json` runs, but that would take a second to import W&B again.
         inspect = [get_core_path(), "leet", "inspect", "--json", "--run-file", file, file.parent]
-        printed = subprocess.run(inspect, capture_output=True, check=True).stdout
+        for _ in range(50):  # a busy W&B may still be writing
+            printed = subprocess.run(inspect, capture_output=True).stdout
+            if b'"exit_code"' in printed:
+                break
         self.records = [json.loads(line) for line in printed.splitlines()]
         self.history = [r["history"]["item"] for r in self.records if r["type"] == "history"]
         self.exit_codes = [r["exit"]["exit_code"] for r in self.records if r["type"] == "exit"]
@@ -295,12 +298,10 @@ def fit(module, *datasets, callbacks=(), max_epochs=2, flags=None, **arguments):
 
 
 @pytest.mark.parametrize("spoil", [torch.zeros_like, lambda x: x.mT, lambda x: x * 2 - 1])
-def test_a_picture_shows_what_the_step_really_got(spoil):
-    class Spoiling(Foreign):
-        def on_after_batch_transfer(self, batch, dataloader_idx):
-            return [spoil(batch[0]), batch[1]]
-
-    run = fit(Spoiling(net()), PAIRS, mean=[0.4], std=[0.2])
+@pytest.mark.parametrize("hook", ["on_before_batch_transfer", "on_after_batch_transfer"])
+def test_a_picture_shows_what_the_step_really_got(hook, spoil):
+    hooks = {hook: lambda module, batch, dataloader_idx: [spoil(batch[0]), batch[1]]}
+    run = fit(type("Spoiling", (Foreign,), hooks)(net()), PAIRS, mean=[0.4], std=[0.2])
     for index, pixels in run.pictures("val/examples").items():
         expected = (spoil(IMAGES[index, 0]) * 0.2 + 0.4).clamp(0, 1) * 255
         assert (pixels == expected.round().numpy()).all()
@@ -482,8 +483,7 @@ def main_with_event(what):
 def run_in(folder, what):
     """In a forked process, which need not import PyTorch again."""
     os.chdir(folder)
-    os.environ |= SERVER if what.startswith("nothing") else {}
-    os.environ["WANDB_SILENT"] = "false"
+    os.environ |= {"WANDB_SILENT": "false", **(SERVER if what.startswith("nothing") else {})}
     os.environ["MASTER_PORT"] = str(20_000 + os.getpid() % 9_999)  # not the same for two runs
     sys.stdout = sys.stderr = open("output", "w", buffering=1)  # noqa: SIM115
     if what.endswith("1"):
