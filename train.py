@@ -220,15 +220,15 @@ class ImagePredictionLogger(pl.Callback):
         indices = np.full(columns.shape[1], -1)
         batch_sampler = getattr(loader, "batch_sampler", None)
         if batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            # Which samples a loader drew is not recorded, but its sampler draws them again.
+            # The loader doesn't record which samples it drew, so its sampler is replayed.
             replayed = np.fromiter(chain.from_iterable(islice(batch_sampler, len(batches))), int)
             indices = replayed if len(replayed) == len(indices) else indices
-        fields = [indices, *columns[:2].astype(np.int32), *columns[2:]]  # first two: integers
+        fields = [indices, *columns[:2].astype(np.int32), *columns[2:]]  # label, prediction: int
         return np.rec.fromarrays(fields, names="index, label, prediction, confidence, loss, sum")
 
     def gather_rows(self, trainer, rows: np.ndarray) -> np.ndarray:
         """Joins the rows of all processes, and drops duplicates and unlabelled samples."""
-        ranks = range(trainer.world_size)  # they broadcast, as all_gather needs equal sizes
+        ranks = range(trainer.world_size)  # each broadcasts, since all_gather needs equal sizes
         rows = np.concatenate([trainer.strategy.broadcast(rows, src=rank) for rank in ranks])
         if (rows["index"] >= 0).all():
             _, first = np.unique(rows["index"], return_index=True)
@@ -257,7 +257,7 @@ class ImagePredictionLogger(pl.Callback):
                 media = [self.render(trainer, loader, dataloader_idx, row, names) for row in chosen]
                 panels[f"{prefix}/{panel}{suffix}"] = media
         self.log_to_wandb(trainer, panels)
-        if len(names) <= 100:  # on its own, as a chart fails without W&B's server
+        if len(names) <= 100:  # on its own, since it fails without W&B's server
             chart = wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=names)
             self.log_to_wandb(trainer, {f"{prefix}/confusion_matrix{suffix}": chart})
 
@@ -279,7 +279,7 @@ class ImagePredictionLogger(pl.Callback):
         batch = owner.on_before_batch_transfer(batch, dataloader_idx)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
         inputs, labels = self.split_batch(batch)
-        if labels.item() != row["label"]:  # it is another sample
+        if labels.item() != row["label"]:  # not the sample that was judged
             raise ValueError("ImagePredictionLogger needs loaders that don't shuffle")
         prediction, label = names[row["prediction"]], names[row["label"]]
         caption = f"Pred: {prediction} ({row['confidence']:.0%}), Label: {label} (#{row['index']})"
@@ -289,7 +289,7 @@ class ImagePredictionLogger(pl.Callback):
         return (self.to_media or wandb.Image)(image, caption=caption)
 
     def make_visible(self, image: Tensor) -> Tensor:
-        """Converts images to uint8: wandb.Image casts floats without scaling, and 0.9 is black."""
+        """Converts images to uint8: wandb.Image doesn't scale floats, so 0.9 would be black."""
         if image.ndim < 3 or image.dtype == torch.uint8:
             return image  # not an image, or uint8 already
         image = image.float().nan_to_num()
