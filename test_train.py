@@ -321,7 +321,7 @@ CASES = {  # data set, module, arguments
     "nothing": (PAIRS, Foreign(net()), {}),
     "a third tensor": (TensorDataset(IMAGES, LABELS, torch.arange(24) % 6), Foreign(net()), {}),
     "integers": (PAIRS, Foreign(net(), lambda m, b: torch.stack([b[1], b[1] + 10], 1)), {}),
-    "embeddings (N, 5, 5)": (PAIRS, Foreign(net(), lambda m, b: torch.rand(4, 5, 5)), {}),
+    "odd": (PAIRS, Foreign(net(), lambda m, b: torch.rand((4, 5, 5) if b[1][0] else (5, 5))), {}),
     "dict": (DICTS, Foreign(net(), lambda m, b: {"logits": m.net(b["image"])}), PICK),
     "one logit": (SIGNS, Foreign(net(1), lambda m, b: m(b[0])), {}),
     "no parameters": (PAIRS, Foreign(nn.Sequential(nn.Flatten(), nn.AvgPool1d(20))), {}),

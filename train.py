@@ -51,7 +51,7 @@ class DigitsDataModule(pl.LightningDataModule):
     def __init__(self, dataset: str | None, data_dir: str, batch_size: int) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.mnist_file = f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"  # is downloaded last
+        self.mnist_file = f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"  # the last download
 
     def prepare_data(self) -> None:
         """Downloads the data set. Lightning calls this in one process on each machine."""
@@ -67,6 +67,7 @@ class DigitsDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Splits the data, independently of the seed."""
         name = self.hparams.dataset or ("mnist" if os.path.exists(self.mnist_file) else "digits")
+        name = self.trainer.strategy.broadcast(name)  # or machines could take different data
         self.save_hyperparameters({"dataset": name})  # replaces None, also in W&B's config
         data = load_dataset(name, self.hparams.data_dir, train=True)
         generator = torch.Generator().manual_seed(0)
@@ -149,9 +150,9 @@ class DigitClassifier(pl.LightningModule):
 
 @dataclass(eq=False)  # eq=True would make it unhashable, and Lightning hashes callbacks
 class ImagePredictionLogger(pl.Callback):
-    """Logs to Weights & Biases what a classifier gets wrong, after each validation or test epoch.
+    """Shows in Weights & Biases what a classifier gets wrong, after each validation or test epoch.
 
-    That is the images with the highest loss ("hardest"), a fixed random selection ("examples"), the
+    It logs the images with the highest loss ("hardest"), a fixed random selection ("examples"), the
     recall of each class, the lowest of these recalls, and a confusion matrix of up to 100 classes.
 
     The first two items of a batch must be inputs (N, ...) and integer labels (N,). Samples with
@@ -304,8 +305,7 @@ class ImagePredictionLogger(pl.Callback):
     def log_to_wandb(self, trainer, panels: dict) -> None:
         if trainer.sanity_checking or trainer.fast_dev_run:
             return  # these runs only check that the panels can be built
-        runs = [logger.experiment for logger in trainer.loggers]
-        runs = [run for run in runs if isinstance(run, wandb.Run)]
+        runs = [log.experiment for log in trainer.loggers if isinstance(log.experiment, wandb.Run)]
         if not runs:
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
         for run in runs:
@@ -339,17 +339,17 @@ def make_parser() -> ArgumentParser:
     add("--batch_size", type=int, default=128, help="samples per batch, on each device")
     add("--lr", type=float, default=0.015, help="highest learning rate of the schedule")
     add("--seed", type=int, default=0, help="for initial weights, shuffling and random crops")
-    add("--dataset", choices=[*DATASETS, "digits"], help="by default mnist, or digits")
+    add("--dataset", choices=[*DATASETS, "digits"], help="by default mnist, or digits without it")
     add("--data_dir", default="data", help="folder of the data set, which is downloaded if missing")
     add("--num_samples", type=int, default=32, help="images per panel, up to 108")
     add("--ckpt_path", help="checkpoint to resume from")
-    add("--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"), help="of W&B")
+    add("--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"), help="in W&B")
     return parser
 
 
 def choose_wandb_mode() -> str | None:
     """Returns "offline" if there is no account or W&B can't be reached, else None: W&B decides."""
-    if wandb.setup().settings.mode != "online":  # WANDB_MODE is set
+    if wandb.setup().settings.mode != "online":  # as by WANDB_MODE=offline
         return None
     with suppress(wandb.errors.AuthenticationError):  # invalid key, or no server
         if wandb.login(prompt=False):  # there is a key
@@ -378,7 +378,7 @@ def make_trainer(args: Namespace) -> pl.Trainer:
             pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # stops at NaN or inf
             pl.callbacks.LearningRateMonitor(),
             pl.callbacks.TQDMProgressBar(refresh_rate=20),
-            pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # trainer.checkpoint_callback
+            pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # the trainer.checkpoint_callback
             pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),
         ],
     )
