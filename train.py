@@ -1,7 +1,7 @@
 """Train a CNN on digits with PyTorch Lightning, and see its mistakes in Weights & Biases.
 
-python train.py                                  # on whatever this machine has: CPU, GPU or TPU
-python train.py --gpus 1 --precision bf16-mixed  # on one GPU, or with --gpus 8 on eight
+python train.py           # on whatever this machine has: CPU, GPU or TPU
+python train.py --gpus 8  # on eight GPUs
 """
 
 import gc
@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 
 import numpy as np
 import pytorch_lightning as pl
@@ -51,7 +51,7 @@ class DigitsDataModule(pl.LightningDataModule):
     def __init__(self, dataset: str | None, data_dir: str, batch_size: int) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.mnist_file = f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"  # the last download
+        self.mnist_file = f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"  # downloaded last
 
     def prepare_data(self) -> None:
         """Downloads the data set. Lightning calls this in one process on each machine."""
@@ -67,8 +67,8 @@ class DigitsDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Splits the data, independently of the seed."""
         name = self.hparams.dataset or ("mnist" if os.path.exists(self.mnist_file) else "digits")
-        name = self.trainer.strategy.broadcast(name)  # or machines could take different data
-        self.save_hyperparameters({"dataset": name})  # replaces None, also in W&B's config
+        name = self.trainer.strategy.broadcast(name)  # rank 0 decides for all machines
+        self.save_hyperparameters({"dataset": name})  # Lightning adds it to W&B's config
         data = load_dataset(name, self.hparams.data_dir, train=True)
         generator = torch.Generator().manual_seed(0)
         if name == "digits":
@@ -93,7 +93,7 @@ class DigitsDataModule(pl.LightningDataModule):
         if self.trainer.training:
             images = transforms.RandomCrop(28, padding=1)(images)
         images = transforms.functional.normalize(images / 255, [MEAN], [STD])
-        return [self.trainer.precision_plugin.convert_input(images), labels]  # e.g. to half
+        return [self.trainer.precision_plugin.convert_input(images), labels]  # e.g. to bfloat16
 
 
 class DigitClassifier(pl.LightningModule):
@@ -139,10 +139,9 @@ class DigitClassifier(pl.LightningModule):
         optimizer = torch.optim.AdamW(self.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.05)
         num_steps = self.trainer.estimated_stepping_batches
 
-        def one_cycle(step: int) -> float:  # a linear rise, then half a cosine
-            progress = min((step + 1) / num_steps, 1)  # a resumed run may have more steps
-            rise, fall = progress / 0.3, (progress - 0.3) / 0.7
-            return rise if rise < 1 else 0.5 + 0.5 * math.cos(math.pi * fall)
+        def one_cycle(step: int) -> float:  # a linear rise, then a linear fall
+            progress = min((step + 0.5) / num_steps, 1)  # a resumed run may take more steps
+            return min(progress / 0.3, (1 - progress) / 0.7)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -153,19 +152,19 @@ class ImagePredictionLogger(pl.Callback):
     """Shows in Weights & Biases what a classifier gets wrong, after each validation or test epoch.
 
     It logs the images with the highest loss ("hardest"), a fixed random selection ("examples"), the
-    recall of each class, the lowest of these recalls, and a confusion matrix of up to 100 classes.
+    recall of each class, the lowest recall and, for up to 100 classes, a confusion matrix.
 
-    The first two items of a batch must be inputs (N, ...) and integer labels (N,). Samples with
-    negative labels are ignored. A step returns logits, float (N, classes), or (N, 1) for two
-    classes, directly or as "logits" in a dict; otherwise `module(inputs)` is called. Loaders must
-    not shuffle, as images are reloaded by index. Raises ValueError if it notices a violation.
+    A batch begins with inputs (N, ...) and integer labels (N,), negative for samples to leave out.
+    A step returns logits, float (N, classes) or (N, 1), directly or as "logits" in a dict; if not,
+    `module(inputs)` is called. Loaders don't shuffle: images are loaded again, by index. Raises
+    ValueError if it notices that any of this doesn't hold.
     """
 
     num_samples: int = 32  # images per panel; W&B shows up to 108
     class_names: Sequence[str] | None = None  # one per class; by default, classes are numbered
     mean: Sequence[float] | None = None  # of each channel, as given to Normalize
     std: Sequence[float] | None = None  # with both, Normalize is undone
-    unpack: Callable | None = None  # for other formats: unpack(batch) returns (inputs, labels)
+    unpack: Callable | None = None  # for other batches: unpack(batch) returns (inputs, labels)
     to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
 
     def on_validation_epoch_start(self, trainer, module):
@@ -176,7 +175,8 @@ class ImagePredictionLogger(pl.Callback):
             inputs, labels = self.split_batch(batch)
             logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
             is_float = isinstance(logits, Tensor) and logits.is_floating_point()
-            if not (is_float and logits.ndim == 2 and len(logits) == len(labels)):  # no logits
+            has_logits = is_float and logits.ndim == 2 and len(logits) == len(labels)
+            if not has_logits:
                 with trainer.precision_plugin.val_step_context():  # e.g. autocast
                     logits = module(inputs)
             self.judged[dataloader_idx].append(self.judge(logits.float(), labels))
@@ -186,8 +186,7 @@ class ImagePredictionLogger(pl.Callback):
 
     def on_validation_epoch_end(self, trainer, module):
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        loaders = CombinedLoader(loaders).flattened  # they may be one loader, a list or a dict
-        for dataloader_idx, loader in enumerate(loaders):
+        for dataloader_idx, loader in enumerate(CombinedLoader(loaders).flattened):  # as a list
             rows = self.make_rows(loader, self.judged.pop(dataloader_idx, []))
             rows = self.gather_rows(trainer, rows)
             if len(rows) > 0:
@@ -205,7 +204,7 @@ class ImagePredictionLogger(pl.Callback):
         return inputs, labels.reshape(len(labels)).long().clamp(min=-1)  # (N, 1) becomes (N,)
 
     def judge(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns label, prediction, confidence, loss and sum (1 for probabilities), (5, N)."""
+        """Returns label, prediction, confidence, loss and sum of logits, float (5, N)."""
         if logits.shape[1] == 1:
             logits = F.pad(logits, (1, 0))  # prepends 0, since softmax([0, x])[1] is sigmoid(x)
         if self.class_names is not None and len(self.class_names) != logits.shape[1]:
@@ -216,38 +215,38 @@ class ImagePredictionLogger(pl.Callback):
         return torch.stack([labels, predictions, highest.exp(), losses, logits.sum(dim=1)])
 
     def make_rows(self, loader, batches: list[Tensor]) -> np.ndarray:
-        """Returns one row per sample that this process has seen, with index -1 if it is unknown."""
+        """Returns a row for each sample that this process has seen, with index -1 if unknown."""
         columns = torch.cat(batches, dim=1).cpu().numpy() if batches else np.empty((5, 0))
-        indices = np.full(columns.shape[1], -1)
+        indices = [-1] * columns.shape[1]
         batch_sampler = getattr(loader, "batch_sampler", None)
         if batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            # The loader doesn't record which samples it drew, so its sampler is replayed.
-            replayed = np.fromiter(chain.from_iterable(islice(batch_sampler, len(batches))), int)
-            indices = replayed if len(replayed) == len(indices) else indices
-        fields = [indices, *columns[:2].astype(np.int32), *columns[2:]]  # label, prediction: int
-        return np.rec.fromarrays(fields, names="index, label, prediction, confidence, loss, sum")
+            # The loader doesn't say which samples it drew, but its sampler can be run again.
+            drawn = [index for batch in islice(batch_sampler, len(batches)) for index in batch]
+            indices = drawn if len(drawn) == len(indices) else indices
+        names = "index, label, prediction, confidence, loss, logit_sum"
+        return np.rec.fromarrays([indices, *columns], names=names, formats="i8, i4, i4, f4, f4, f4")
 
     def gather_rows(self, trainer, rows: np.ndarray) -> np.ndarray:
-        """Joins the rows of all processes, and drops duplicates and unlabelled samples."""
+        """Returns the rows of all processes, one for each labelled sample."""
         ranks = range(trainer.world_size)  # each broadcasts, since all_gather needs equal sizes
         rows = np.concatenate([trainer.strategy.broadcast(rows, src=rank) for rank in ranks])
         if (rows["index"] >= 0).all():
             _, first = np.unique(rows["index"], return_index=True)
-            rows = rows[first]  # sorted by index; a DistributedSampler repeats some samples
+            rows = rows[first]  # a DistributedSampler repeats some samples
         return rows[rows["label"] >= 0]
 
     def log_panels(self, trainer, module, loader, dataloader_idx, rows: np.ndarray) -> None:
-        if np.allclose(rows["sum"], 1, atol=0.01):
+        if np.allclose(rows["logit_sum"], 1, atol=0.01):
             raise ValueError("ImagePredictionLogger needs logits, not probabilities")
         labels, predictions, names = rows["label"], rows["prediction"], self.name_classes(rows)
         recalls = {names[i]: np.mean(predictions[labels == i] == i) for i in np.unique(labels)}
         prefix = "test" if trainer.testing else "val"
         suffix = f"/dataloader_idx_{dataloader_idx}" if dataloader_idx > 0 else ""
-        lowest = f"{prefix}/lowest_recall{suffix}"  # equal on all ranks; callbacks can monitor it
+        lowest = f"{prefix}/lowest_recall{suffix}"  # equal on all ranks; sync_dist avoids a warning
         module.log(lowest, min(recalls.values()), sync_dist=True, add_dataloader_idx=False)
         if not trainer.is_global_zero:
             return
-        panels = {f"{prefix}/recall/{name}{suffix}": recalls[name] for name in recalls}
+        panels = {f"{prefix}/recall/{name}{suffix}": recall for name, recall in recalls.items()}
         if rows["index"].min() < 0:
             rank_zero_warn("ImagePredictionLogger shows no images: it can't know their indices.")
         else:
@@ -258,7 +257,7 @@ class ImagePredictionLogger(pl.Callback):
                 media = [self.render(trainer, loader, dataloader_idx, row, names) for row in chosen]
                 panels[f"{prefix}/{panel}{suffix}"] = media
         self.log_to_wandb(trainer, panels)
-        if len(names) <= 100:  # on its own, since it fails without W&B's server
+        if len(names) <= 100:
             chart = wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=names)
             self.log_to_wandb(trainer, {f"{prefix}/confusion_matrix{suffix}": chart})
 
@@ -271,28 +270,28 @@ class ImagePredictionLogger(pl.Callback):
         return names if are_unique else [f"{name} ({i})" for i, name in enumerate(names)]
 
     def render(self, trainer, loader, dataloader_idx, row: np.void, names: list[str]):
-        """Loads a sample as Lightning's evaluation loop does, hooks included. Returns W&B media."""
-        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # missing on TPUs
+        """Loads a sample again, as the step received it, hooks included. Returns W&B media."""
+        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # absent on TPU
         batch = collate([loader.dataset[row["index"]]])
-        batch = trainer.precision_plugin.convert_input(batch)  # e.g. to half precision
         in_datamodule = is_overridden("on_before_batch_transfer", trainer.datamodule)
         owner = trainer.datamodule if in_datamodule else trainer.lightning_module
         batch = owner.on_before_batch_transfer(batch, dataloader_idx)
+        # This calls the other two hooks: transfer_batch_to_device and on_after_batch_transfer.
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
         inputs, labels = self.split_batch(batch)
         if labels.item() != row["label"]:  # not the sample that was judged
             raise ValueError("ImagePredictionLogger needs loaders that don't shuffle")
-        prediction, label = names[row["prediction"]], names[row["label"]]
-        caption = f"Pred: {prediction} ({row['confidence']:.0%}), Label: {label} (#{row['index']})"
         image = self.make_visible(inputs[0].cpu())
         if self.to_media is None and (image.ndim != 3 or len(image) not in (1, 3)):
             raise ValueError(f"ImagePredictionLogger needs to_media for {tuple(image.shape)}")
+        prediction, label = names[row["prediction"]], names[row["label"]]
+        caption = f"Pred: {prediction} ({row['confidence']:.0%}), Label: {label} (#{row['index']})"
         return (self.to_media or wandb.Image)(image, caption=caption)
 
     def make_visible(self, image: Tensor) -> Tensor:
-        """Converts images to uint8: wandb.Image doesn't scale floats, so 0.9 would be black."""
+        """Converts images to uint8, since wandb.Image doesn't scale floats: 0.9 would be black."""
         if image.ndim < 3 or image.dtype == torch.uint8:
-            return image  # not an image, or uint8 already
+            return image  # e.g. audio, or ready to be shown
         image = image.float().nan_to_num()
         if self.mean is not None and self.std is not None:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
@@ -348,11 +347,11 @@ def make_parser() -> ArgumentParser:
 
 
 def choose_wandb_mode() -> str | None:
-    """Returns "offline" if there is no account or W&B can't be reached, else None: W&B decides."""
-    if wandb.setup().settings.mode != "online":  # as by WANDB_MODE=offline
+    """Returns "offline" without an account or a connection, otherwise None: W&B's own setting."""
+    if wandb.setup().settings.mode != "online":  # the user has set WANDB_MODE
         return None
-    with suppress(wandb.errors.AuthenticationError):  # invalid key, or no server
-        if wandb.login(prompt=False):  # there is a key
+    with suppress(wandb.errors.AuthenticationError):  # the key is invalid, or W&B doesn't answer
+        if wandb.login(prompt=False):  # False if there is no key
             return None
     return "offline"
 
@@ -360,7 +359,7 @@ def choose_wandb_mode() -> str | None:
 def make_trainer(args: Namespace) -> pl.Trainer:
     if args.gpus is not None:
         args.accelerator, args.devices = ("gpu", args.gpus) if args.gpus else ("cpu", "auto")
-    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; W&B would wait forever
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; by default, forever
     mode = None if args.fast_dev_run else choose_wandb_mode()
     return pl.Trainer(
         accelerator=args.accelerator,
@@ -375,10 +374,10 @@ def make_trainer(args: Namespace) -> pl.Trainer:
         callbacks=[
             ImagePredictionLogger(args.num_samples, CLASS_NAMES.get(args.dataset), [MEAN], [STD]),
             StopAtSigterm(),
-            pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # stops at NaN or inf
+            pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # only at NaN or inf
             pl.callbacks.LearningRateMonitor(),
             pl.callbacks.TQDMProgressBar(refresh_rate=20),
-            pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # the trainer.checkpoint_callback
+            pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # keeps the best
             pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),
         ],
     )
@@ -388,28 +387,29 @@ def main(argv: list[str] | None = None) -> None:
     """Trains, then tests the checkpoint with the lowest validation loss."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if not min(args.lr, args.num_nodes, args.max_epochs, args.batch_size, args.num_samples) > 0:
-        parser.error("lr, num_nodes, max_epochs, batch_size and num_samples must be positive")
+    for name in ("lr", "num_nodes", "max_epochs", "batch_size", "num_samples"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name} must be positive")
     pl.seed_everything(args.seed, verbose=False)
     try:
         trainer = make_trainer(args)
         trainer.logger.log_hyperparams(vars(args))  # starts the run
-    except Exception as error:  # a wrong flag or W&B setting
+    except Exception as error:  # the Trainer or W&B refuses a flag
         parser.error(" ".join(str(error).split()))
     dataset = args.dataset or ("digits" if args.fast_dev_run else None)
     data = DigitsDataModule(dataset, args.data_dir, args.batch_size)
     status = 1
-    try:  # weights_only: no code in a checkpoint is run
+    try:  # weights_only=True, since a checkpoint could run code
         trainer.fit(DigitClassifier(args.lr), data, ckpt_path=args.ckpt_path, weights_only=True)
         if not math.isfinite(trainer.callback_metrics.get("val/loss", 0)):
             if not trainer.is_global_zero:
-                return  # a failing rank makes Lightning kill rank 0, before its W&B run is finished
+                return  # if another rank failed, Lightning would kill rank 0 before W&B finishes
             raise FloatingPointError("the loss is not finite: try a lower --lr")
-        best_path = trainer.checkpoint_callback.best_model_path
-        trainer.test(trainer.lightning_module, data, ckpt_path=best_path or None, weights_only=True)
+        best_path = trainer.checkpoint_callback.best_model_path or None  # None in a fast_dev_run
+        trainer.test(trainer.lightning_module, data, ckpt_path=best_path, weights_only=True)
         with suppress(wandb.errors.CommError):  # the checkpoint is on disk anyway
             trainer.logger.experiment.log_model(best_path, "digit-classifier", ["best"])
-        trainer.print(f"Checkpoint: {best_path or 'none, in a fast_dev_run'}")
+        trainer.print("Checkpoint:", best_path)
         status = 0
     finally:
         wandb.finish(exit_code=status)
