@@ -1,8 +1,4 @@
-"""Train a CNN on digits with PyTorch Lightning, and see its mistakes in Weights & Biases.
-
-python train.py           # on whatever this machine has: CPU, GPU or TPU
-python train.py --gpus 8  # on eight GPUs
-"""
+"""Trains a CNN on digits with PyTorch Lightning, and shows its mistakes in Weights & Biases."""
 
 import gc
 import math
@@ -14,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import pytorch_lightning as pl
@@ -22,7 +18,6 @@ import torch
 import torch.nn.functional as F
 import wandb
 from pytorch_lightning.utilities import CombinedLoader, rank_zero_warn
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, random_split
 from torchvision import transforms
@@ -51,7 +46,7 @@ class DigitsDataModule(pl.LightningDataModule):
     def __init__(self, dataset: str | None, data_dir: str, batch_size: int) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.mnist_file = f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"  # downloaded last
+        self.mnist_file = f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"  # it is downloaded last
 
     def prepare_data(self) -> None:
         """Downloads the data set. Lightning calls this in one process on each machine."""
@@ -60,20 +55,20 @@ class DigitsDataModule(pl.LightningDataModule):
         try:
             DATASETS[self.hparams.dataset or "mnist"](self.hparams.data_dir, download=True)
         except (RuntimeError, OSError):
-            if self.hparams.dataset or os.path.exists(self.mnist_file):  # asked for, or damaged
-                raise
+            if self.hparams.dataset or os.path.exists(self.mnist_file):
+                raise  # the user chose it, or its files are damaged
             print("MNIST can't be downloaded, so scikit-learn's digits take its place.")
 
     def setup(self, stage: str) -> None:
-        """Splits the data, independently of the seed."""
+        """Splits the data, always in the same way. Without --dataset, it is MNIST or the digits."""
         name = self.hparams.dataset or ("mnist" if os.path.exists(self.mnist_file) else "digits")
-        name = self.trainer.strategy.broadcast(name)  # rank 0 decides for all machines
-        self.save_hyperparameters({"dataset": name})  # Lightning adds it to W&B's config
+        name = self.trainer.strategy.broadcast(name)  # so that all machines use the same
+        self.save_hyperparameters({"dataset": name})  # for W&B's config
         data = load_dataset(name, self.hparams.data_dir, train=True)
         generator = torch.Generator().manual_seed(0)
         if name == "digits":
             train, self.val, self.test = random_split(data, [1413, 128, 256], generator)
-            self.train = Subset(train, list(range(1413)) * 8)  # so that an epoch has enough steps
+            self.train = Subset(train, list(range(1413)) * 8)  # each 8 times, for enough steps
         else:
             self.train, self.val = random_split(data, [55_000, 5_000], generator)
             self.test = load_dataset(name, self.hparams.data_dir, train=False)
@@ -88,12 +83,12 @@ class DigitsDataModule(pl.LightningDataModule):
         return DataLoader(self.test, self.hparams.batch_size)
 
     def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
-        """On the device, shifts each training batch by up to a pixel, and normalises all images."""
+        """On the device, shifts each training batch as a whole by up to a pixel. Normalises."""
         images, labels = batch
         if self.trainer.training:
             images = transforms.RandomCrop(28, padding=1)(images)
         images = transforms.functional.normalize(images / 255, [MEAN], [STD])
-        return [self.trainer.precision_plugin.convert_input(images), labels]  # e.g. to bfloat16
+        return [self.trainer.precision_plugin.convert_input(images), labels]  # e.g. to half floats
 
 
 class DigitClassifier(pl.LightningModule):
@@ -106,7 +101,7 @@ class DigitClassifier(pl.LightningModule):
             nn.Conv2d(1, 16, 5, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.ReLU(),
             nn.Conv2d(16, 32, 3, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(32), nn.ReLU(),
             nn.Conv2d(32, 128, 3, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
-            nn.Flatten(), nn.Linear(128 * 3 * 3, 10),
+            nn.Flatten(), nn.Linear(128 * 3 * 3, 10),  # 28 x 28 pixels have become 3 x 3
         )  # fmt: skip
         self.network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
 
@@ -130,7 +125,7 @@ class DigitClassifier(pl.LightningModule):
         loss = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         metrics = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
-        self.log_dict(metrics, prog_bar=True, batch_size=len(labels), sync_dist=stage != "train")
+        self.log_dict(metrics, prog_bar=True, batch_size=len(labels), sync_dist=(stage != "train"))
         return {"loss": loss, "logits": logits}
 
     def configure_optimizers(self) -> dict:
@@ -139,25 +134,25 @@ class DigitClassifier(pl.LightningModule):
         optimizer = torch.optim.AdamW(self.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.05)
         num_steps = self.trainer.estimated_stepping_batches
 
-        def one_cycle(step: int) -> float:  # a linear rise, then a linear fall
+        def one_cycle(step: int) -> float:
             progress = min((step + 0.5) / num_steps, 1)  # a resumed run may take more steps
-            return min(progress / 0.3, (1 - progress) / 0.7)
+            return min(progress / 0.3, (1 - progress) / 0.7)  # a linear rise, then a linear fall
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-@dataclass(eq=False)  # eq=True would make it unhashable, and Lightning hashes callbacks
+@dataclass(eq=False)  # which keeps it hashable, as Lightning needs
 class ImagePredictionLogger(pl.Callback):
     """Shows in Weights & Biases what a classifier gets wrong, after each validation or test epoch.
 
     It logs the images with the highest loss ("hardest"), a fixed random selection ("examples"), the
     recall of each class, the lowest recall and, for up to 100 classes, a confusion matrix.
 
-    A batch begins with inputs (N, ...) and integer labels (N,), negative for samples to leave out.
-    A step returns logits, float (N, classes) or (N, 1), directly or as "logits" in a dict; if not,
-    `module(inputs)` is called. Loaders don't shuffle: images are loaded again, by index. Raises
-    ValueError if it notices that any of this doesn't hold.
+    A batch must begin with inputs (N, ...) and integer labels (N,). Samples with negative labels
+    are left out. A step should return logits, float (N, classes), or (N, 1) for two classes,
+    directly or as "logits" in a dict; otherwise, `module(inputs)` is called. Loaders must not
+    shuffle, because images are loaded again by index. Raises ValueError if it sees a violation.
     """
 
     num_samples: int = 32  # images per panel; W&B shows up to 108
@@ -168,7 +163,7 @@ class ImagePredictionLogger(pl.Callback):
     to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
 
     def on_validation_epoch_start(self, trainer, module):
-        self.judged = defaultdict(list)  # {dataloader_idx: what `judge` returned for each batch}
+        self.judged = defaultdict(list)  # {dataloader_idx: [what `judge` returned for a batch]}
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
         try:
@@ -177,7 +172,7 @@ class ImagePredictionLogger(pl.Callback):
             is_float = isinstance(logits, Tensor) and logits.is_floating_point()
             has_logits = is_float and logits.ndim == 2 and len(logits) == len(labels)
             if not has_logits:
-                with trainer.precision_plugin.val_step_context():  # e.g. autocast
+                with trainer.precision_plugin.val_step_context():  # the precision of the step
                     logits = module(inputs)
             self.judged[dataloader_idx].append(self.judge(logits.float(), labels))
         except Exception as error:
@@ -186,7 +181,8 @@ class ImagePredictionLogger(pl.Callback):
 
     def on_validation_epoch_end(self, trainer, module):
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        for dataloader_idx, loader in enumerate(CombinedLoader(loaders).flattened):  # as a list
+        loaders = CombinedLoader(loaders).flattened  # one loader, a list or a dict becomes a list
+        for dataloader_idx, loader in enumerate(loaders):
             rows = self.make_rows(loader, self.judged.pop(dataloader_idx, []))
             rows = self.gather_rows(trainer, rows)
             if len(rows) > 0:
@@ -204,15 +200,16 @@ class ImagePredictionLogger(pl.Callback):
         return inputs, labels.reshape(len(labels)).long().clamp(min=-1)  # (N, 1) becomes (N,)
 
     def judge(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns label, prediction, confidence, loss and sum of logits, float (5, N)."""
+        """Returns labels, predictions, confidences, losses and whether logits sum to 1, (5, N)."""
         if logits.shape[1] == 1:
-            logits = F.pad(logits, (1, 0))  # prepends 0, since softmax([0, x])[1] is sigmoid(x)
+            logits = F.pad(logits, (1, 0))  # to [0, x], since softmax([0, x])[1] is sigmoid(x)
         if self.class_names is not None and len(self.class_names) != logits.shape[1]:
             raise ValueError(f"{len(self.class_names)} class_names for {logits.shape[1]} classes")
         log_probabilities = logits.log_softmax(dim=1)
         highest, predictions = log_probabilities.max(dim=1)
         losses = F.nll_loss(log_probabilities, labels, ignore_index=-1, reduction="none")
-        return torch.stack([labels, predictions, highest.exp(), losses, logits.sum(dim=1)])
+        sum_to_1 = (logits.sum(dim=1) - 1).abs() < 0.01  # as probabilities would
+        return torch.stack([labels, predictions, highest.exp(), losses, sum_to_1])
 
     def make_rows(self, loader, batches: list[Tensor]) -> np.ndarray:
         """Returns a row for each sample that this process has seen, with index -1 if unknown."""
@@ -220,29 +217,29 @@ class ImagePredictionLogger(pl.Callback):
         indices = [-1] * columns.shape[1]
         batch_sampler = getattr(loader, "batch_sampler", None)
         if batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            # The loader doesn't say which samples it drew, but its sampler can be run again.
-            drawn = [index for batch in islice(batch_sampler, len(batches)) for index in batch]
-            indices = drawn if len(drawn) == len(indices) else indices
-        names = "index, label, prediction, confidence, loss, logit_sum"
-        return np.rec.fromarrays([indices, *columns], names=names, formats="i8, i4, i4, f4, f4, f4")
+            # Unless it shuffles, the sampler yields the same indices when it is run again.
+            replayed = list(chain.from_iterable(islice(batch_sampler, len(batches))))
+            indices = replayed if len(replayed) == len(indices) else indices
+        names = "index, label, prediction, confidence, loss, sum_to_1"
+        return np.rec.fromarrays([indices, *columns], names=names, formats="i8, i4, i4, f4, f4, ?")
 
     def gather_rows(self, trainer, rows: np.ndarray) -> np.ndarray:
         """Returns the rows of all processes, one for each labelled sample."""
-        ranks = range(trainer.world_size)  # each broadcasts, since all_gather needs equal sizes
+        ranks = range(trainer.world_size)  # all_gather needs equal sizes, so each rank broadcasts
         rows = np.concatenate([trainer.strategy.broadcast(rows, src=rank) for rank in ranks])
-        if (rows["index"] >= 0).all():
-            _, first = np.unique(rows["index"], return_index=True)
-            rows = rows[first]  # a DistributedSampler repeats some samples
+        if (rows["index"] >= 0).all():  # a DistributedSampler repeats some samples
+            _, first_of_each = np.unique(rows["index"], return_index=True)
+            rows = rows[first_of_each]
         return rows[rows["label"] >= 0]
 
     def log_panels(self, trainer, module, loader, dataloader_idx, rows: np.ndarray) -> None:
-        if np.allclose(rows["logit_sum"], 1, atol=0.01):
+        if rows["sum_to_1"].all():
             raise ValueError("ImagePredictionLogger needs logits, not probabilities")
         labels, predictions, names = rows["label"], rows["prediction"], self.name_classes(rows)
         recalls = {names[i]: np.mean(predictions[labels == i] == i) for i in np.unique(labels)}
         prefix = "test" if trainer.testing else "val"
         suffix = f"/dataloader_idx_{dataloader_idx}" if dataloader_idx > 0 else ""
-        lowest = f"{prefix}/lowest_recall{suffix}"  # equal on all ranks; sync_dist avoids a warning
+        lowest = f"{prefix}/lowest_recall{suffix}"  # logged by Lightning: callbacks can monitor it
         module.log(lowest, min(recalls.values()), sync_dist=True, add_dataloader_idx=False)
         if not trainer.is_global_zero:
             return
@@ -250,14 +247,14 @@ class ImagePredictionLogger(pl.Callback):
         if rows["index"].min() < 0:
             rank_zero_warn("ImagePredictionLogger shows no images: it can't know their indices.")
         else:
-            hardest = np.argsort(rows["loss"], kind="stable")[::-1]  # descending, NaN first
-            examples = np.random.default_rng(0).permutation(len(rows))
+            hardest = np.argsort(rows["loss"], kind="stable")[::-1]  # NaN is first
+            examples = np.random.default_rng(0).permutation(len(rows))  # the same in each epoch
             for panel, order in {"hardest": hardest, "examples": examples}.items():
                 chosen = rows[order[: self.num_samples]]
                 media = [self.render(trainer, loader, dataloader_idx, row, names) for row in chosen]
                 panels[f"{prefix}/{panel}{suffix}"] = media
         self.log_to_wandb(trainer, panels)
-        if len(names) <= 100:
+        if len(names) <= 100:  # logged apart, since it can fail
             chart = wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=names)
             self.log_to_wandb(trainer, {f"{prefix}/confusion_matrix{suffix}": chart})
 
@@ -271,15 +268,14 @@ class ImagePredictionLogger(pl.Callback):
 
     def render(self, trainer, loader, dataloader_idx, row: np.void, names: list[str]):
         """Loads a sample again, as the step received it, hooks included. Returns W&B media."""
-        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # absent on TPU
+        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # none on TPUs
         batch = collate([loader.dataset[row["index"]]])
-        in_datamodule = is_overridden("on_before_batch_transfer", trainer.datamodule)
-        owner = trainer.datamodule if in_datamodule else trainer.lightning_module
-        batch = owner.on_before_batch_transfer(batch, dataloader_idx)
-        # This calls the other two hooks: transfer_batch_to_device and on_after_batch_transfer.
+        # Only one of the two overrides this hook. `batch_to_device` calls the other transfer hooks.
+        for owner in filter(None, [trainer.datamodule, trainer.lightning_module]):
+            batch = owner.on_before_batch_transfer(batch, dataloader_idx)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
         inputs, labels = self.split_batch(batch)
-        if labels.item() != row["label"]:  # not the sample that was judged
+        if labels.item() != row["label"]:  # this isn't the sample that was judged
             raise ValueError("ImagePredictionLogger needs loaders that don't shuffle")
         image = self.make_visible(inputs[0].cpu())
         if self.to_media is None and (image.ndim != 3 or len(image) not in (1, 3)):
@@ -289,9 +285,9 @@ class ImagePredictionLogger(pl.Callback):
         return (self.to_media or wandb.Image)(image, caption=caption)
 
     def make_visible(self, image: Tensor) -> Tensor:
-        """Converts images to uint8, since wandb.Image doesn't scale floats: 0.9 would be black."""
+        """Converts images to uint8, since wandb.Image would truncate a float: 0.9 becomes 0."""
         if image.ndim < 3 or image.dtype == torch.uint8:
-            return image  # e.g. audio, or ready to be shown
+            return image  # e.g. audio, or uint8 already
         image = image.float().nan_to_num()
         if self.mean is not None and self.std is not None:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
@@ -304,12 +300,13 @@ class ImagePredictionLogger(pl.Callback):
     def log_to_wandb(self, trainer, panels: dict) -> None:
         if trainer.sanity_checking or trainer.fast_dev_run:
             return  # these runs only check that the panels can be built
-        runs = [log.experiment for log in trainer.loggers if isinstance(log.experiment, wandb.Run)]
+        experiments = [logger.experiment for logger in trainer.loggers]
+        runs = [run for run in experiments if isinstance(run, wandb.Run)]
         if not runs:
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
         for run in runs:
             try:
-                run.log(panels, commit=False)  # Lightning commits when it logs, after this hook
+                run.log(panels, commit=False)  # Lightning's own metrics, logged next, join this row
             except wandb.errors.CommError as error:  # charts need W&B's server
                 rank_zero_warn(f"ImagePredictionLogger could not log a chart: {error}")
 
@@ -318,7 +315,7 @@ class StopAtSigterm(pl.Callback):
     """Ends a run at SIGTERM. Lightning 2.6's own handler can wait forever for other processes."""
 
     def on_train_start(self, trainer, module):
-        with suppress(ValueError):  # raised in any thread but the main one
+        with suppress(ValueError):  # only the main thread can set a handler
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     on_sanity_check_start = on_test_start = on_train_start
@@ -338,7 +335,7 @@ def make_parser() -> ArgumentParser:
     add("--batch_size", type=int, default=128, help="samples per batch, on each device")
     add("--lr", type=float, default=0.015, help="highest learning rate of the schedule")
     add("--seed", type=int, default=0, help="for initial weights, shuffling and random crops")
-    add("--dataset", choices=[*DATASETS, "digits"], help="by default mnist, or digits without it")
+    add("--dataset", choices=[*DATASETS, "digits"], help="default: mnist, or digits without it")
     add("--data_dir", default="data", help="folder of the data set, which is downloaded if missing")
     add("--num_samples", type=int, default=32, help="images per panel, up to 108")
     add("--ckpt_path", help="checkpoint to resume from")
@@ -350,10 +347,11 @@ def choose_wandb_mode() -> str | None:
     """Returns "offline" without an account or a connection, otherwise None: W&B's own setting."""
     if wandb.setup().settings.mode != "online":  # the user has set WANDB_MODE
         return None
-    with suppress(wandb.errors.AuthenticationError):  # the key is invalid, or W&B doesn't answer
-        if wandb.login(prompt=False):  # False if there is no key
-            return None
-    return "offline"
+    try:
+        has_account = wandb.login(prompt=False)  # False without a key
+    except wandb.errors.AuthenticationError:  # the key is invalid, or W&B doesn't answer
+        has_account = False
+    return None if has_account else "offline"
 
 
 def make_trainer(args: Namespace) -> pl.Trainer:
@@ -374,10 +372,10 @@ def make_trainer(args: Namespace) -> pl.Trainer:
         callbacks=[
             ImagePredictionLogger(args.num_samples, CLASS_NAMES.get(args.dataset), [MEAN], [STD]),
             StopAtSigterm(),
-            pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # only at NaN or inf
+            pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # stops at NaN or inf only
             pl.callbacks.LearningRateMonitor(),
             pl.callbacks.TQDMProgressBar(refresh_rate=20),
-            pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # keeps the best
+            pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # the best; this one must be first
             pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),
         ],
     )
@@ -388,7 +386,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("lr", "num_nodes", "max_epochs", "batch_size", "num_samples"):
-        if not getattr(args, name) > 0:
+        if not getattr(args, name) > 0:  # NaN isn't
             parser.error(f"--{name} must be positive")
     pl.seed_everything(args.seed, verbose=False)
     try:
@@ -399,12 +397,13 @@ def main(argv: list[str] | None = None) -> None:
     dataset = args.dataset or ("digits" if args.fast_dev_run else None)
     data = DigitsDataModule(dataset, args.data_dir, args.batch_size)
     status = 1
-    try:  # weights_only=True, since a checkpoint could run code
+    try:  # with weights_only, so that no code in a checkpoint is run
         trainer.fit(DigitClassifier(args.lr), data, ckpt_path=args.ckpt_path, weights_only=True)
         if not math.isfinite(trainer.callback_metrics.get("val/loss", 0)):
-            if not trainer.is_global_zero:
-                return  # if another rank failed, Lightning would kill rank 0 before W&B finishes
-            raise FloatingPointError("the loss is not finite: try a lower --lr")
+            # Only rank 0 raises: if another did, Lightning would kill rank 0 before W&B finishes.
+            if trainer.is_global_zero:
+                raise FloatingPointError("the loss is not finite: try a lower --lr")
+            return
         best_path = trainer.checkpoint_callback.best_model_path or None  # None in a fast_dev_run
         trainer.test(trainer.lightning_module, data, ckpt_path=best_path, weights_only=True)
         with suppress(wandb.errors.CommError):  # the checkpoint is on disk anyway
@@ -416,5 +415,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # saves two seconds of garbage collection
+    gc.freeze()  # all that was imported; saves two seconds of garbage collection
     main()
