@@ -46,7 +46,10 @@ class DigitsDataModule(pl.LightningDataModule):
     def __init__(self, dataset: str | None, data_dir: str, batch_size: int) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.mnist_file = f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"  # it is downloaded last
+
+    @property
+    def has_mnist(self) -> bool:  # if the last file to be downloaded is there
+        return os.path.exists(f"{self.hparams.data_dir}/MNIST/raw/t10k-labels-idx1-ubyte")
 
     def prepare_data(self) -> None:
         """Downloads the data set. Lightning calls this in one process on each machine."""
@@ -55,20 +58,20 @@ class DigitsDataModule(pl.LightningDataModule):
         try:
             DATASETS[self.hparams.dataset or "mnist"](self.hparams.data_dir, download=True)
         except (RuntimeError, OSError):
-            if self.hparams.dataset or os.path.exists(self.mnist_file):
-                raise  # the user chose it, or its files are damaged
+            if self.hparams.dataset or self.has_mnist:
+                raise  # the user named the data set, or MNIST is damaged
             print("MNIST can't be downloaded, so scikit-learn's digits take its place.")
 
     def setup(self, stage: str) -> None:
-        """Splits the data, always in the same way. Without --dataset, it is MNIST or the digits."""
-        name = self.hparams.dataset or ("mnist" if os.path.exists(self.mnist_file) else "digits")
+        """Splits the data, always in the same way."""
+        name = self.hparams.dataset or ("mnist" if self.has_mnist else "digits")
         name = self.trainer.strategy.broadcast(name)  # so that all machines use the same
-        self.save_hyperparameters({"dataset": name})  # for W&B's config
+        self.save_hyperparameters({"dataset": name})  # after this, Lightning logs them to W&B
         data = load_dataset(name, self.hparams.data_dir, train=True)
         generator = torch.Generator().manual_seed(0)
         if name == "digits":
             train, self.val, self.test = random_split(data, [1413, 128, 256], generator)
-            self.train = Subset(train, list(range(1413)) * 8)  # each 8 times, for enough steps
+            self.train = Subset(train, list(range(1413)) * 8)  # or an epoch would be too short
         else:
             self.train, self.val = random_split(data, [55_000, 5_000], generator)
             self.test = load_dataset(name, self.hparams.data_dir, train=False)
@@ -83,10 +86,10 @@ class DigitsDataModule(pl.LightningDataModule):
         return DataLoader(self.test, self.hparams.batch_size)
 
     def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
-        """On the device, shifts each training batch as a whole by up to a pixel. Normalises."""
+        """On the device, shifts training images at random, and normalises and converts all."""
         images, labels = batch
         if self.trainer.training:
-            images = transforms.RandomCrop(28, padding=1)(images)
+            images = transforms.RandomCrop(28, padding=1)(images)  # one shift for the whole batch
         images = transforms.functional.normalize(images / 255, [MEAN], [STD])
         return [self.trainer.precision_plugin.convert_input(images), labels]  # e.g. to half floats
 
@@ -135,24 +138,24 @@ class DigitClassifier(pl.LightningModule):
         num_steps = self.trainer.estimated_stepping_batches
 
         def one_cycle(step: int) -> float:
-            progress = min((step + 0.5) / num_steps, 1)  # a resumed run may take more steps
+            progress = min((step + 0.5) / num_steps, 1)  # after a resume, there may be more steps
             return min(progress / 0.3, (1 - progress) / 0.7)  # a linear rise, then a linear fall
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-@dataclass(eq=False)  # which keeps it hashable, as Lightning needs
+@dataclass(eq=False)  # eq=True would make it unhashable, and Lightning hashes callbacks
 class ImagePredictionLogger(pl.Callback):
     """Shows in Weights & Biases what a classifier gets wrong, after each validation or test epoch.
 
     It logs the images with the highest loss ("hardest"), a fixed random selection ("examples"), the
     recall of each class, the lowest recall and, for up to 100 classes, a confusion matrix.
 
-    A batch must begin with inputs (N, ...) and integer labels (N,). Samples with negative labels
-    are left out. A step should return logits, float (N, classes), or (N, 1) for two classes,
-    directly or as "logits" in a dict; otherwise, `module(inputs)` is called. Loaders must not
-    shuffle, because images are loaded again by index. Raises ValueError if it sees a violation.
+    Batches must begin with inputs (N, ...) and integer labels (N,); negative labels are ignored.
+    Steps should return logits, float (N, classes) or, for two classes, (N, 1), either directly or
+    as "logits" in a dict; otherwise, `module(inputs)` is called. Loaders must not shuffle, because
+    images are loaded again by index. Raises ValueError if it notices that a rule is broken.
     """
 
     num_samples: int = 32  # images per panel; W&B shows up to 108
@@ -163,7 +166,7 @@ class ImagePredictionLogger(pl.Callback):
     to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
 
     def on_validation_epoch_start(self, trainer, module):
-        self.judged = defaultdict(list)  # {dataloader_idx: [what `judge` returned for a batch]}
+        self.judged = defaultdict(list)  # {dataloader_idx: [a tensor (5, N) for each batch]}
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
         try:
@@ -171,8 +174,8 @@ class ImagePredictionLogger(pl.Callback):
             logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
             is_float = isinstance(logits, Tensor) and logits.is_floating_point()
             has_logits = is_float and logits.ndim == 2 and len(logits) == len(labels)
-            if not has_logits:
-                with trainer.precision_plugin.val_step_context():  # the precision of the step
+            if not has_logits:  # but, for example, a loss or nothing
+                with trainer.precision_plugin.val_step_context():  # e.g. autocast, as in the step
                     logits = module(inputs)
             self.judged[dataloader_idx].append(self.judge(logits.float(), labels))
         except Exception as error:
@@ -181,7 +184,7 @@ class ImagePredictionLogger(pl.Callback):
 
     def on_validation_epoch_end(self, trainer, module):
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        loaders = CombinedLoader(loaders).flattened  # one loader, a list or a dict becomes a list
+        loaders = CombinedLoader(loaders).flattened  # makes one loader, a list or a dict a list
         for dataloader_idx, loader in enumerate(loaders):
             rows = self.make_rows(loader, self.judged.pop(dataloader_idx, []))
             rows = self.gather_rows(trainer, rows)
@@ -200,7 +203,7 @@ class ImagePredictionLogger(pl.Callback):
         return inputs, labels.reshape(len(labels)).long().clamp(min=-1)  # (N, 1) becomes (N,)
 
     def judge(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns labels, predictions, confidences, losses and whether logits sum to 1, (5, N)."""
+        """Returns labels, predictions, confidences, losses and is_probability, float (5, N)."""
         if logits.shape[1] == 1:
             logits = F.pad(logits, (1, 0))  # to [0, x], since softmax([0, x])[1] is sigmoid(x)
         if self.class_names is not None and len(self.class_names) != logits.shape[1]:
@@ -208,24 +211,24 @@ class ImagePredictionLogger(pl.Callback):
         log_probabilities = logits.log_softmax(dim=1)
         highest, predictions = log_probabilities.max(dim=1)
         losses = F.nll_loss(log_probabilities, labels, ignore_index=-1, reduction="none")
-        sum_to_1 = (logits.sum(dim=1) - 1).abs() < 0.01  # as probabilities would
-        return torch.stack([labels, predictions, highest.exp(), losses, sum_to_1])
+        is_probability = (logits.sum(dim=1) - 1).abs() < 0.01  # or it is chance
+        return torch.stack([labels, predictions, highest.exp(), losses, is_probability])
 
     def make_rows(self, loader, batches: list[Tensor]) -> np.ndarray:
-        """Returns a row for each sample that this process has seen, with index -1 if unknown."""
+        """Returns a row for each sample of this process, with its index in the data set, or -1."""
         columns = torch.cat(batches, dim=1).cpu().numpy() if batches else np.empty((5, 0))
         indices = [-1] * columns.shape[1]
         batch_sampler = getattr(loader, "batch_sampler", None)
         if batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            # Unless it shuffles, the sampler yields the same indices when it is run again.
+            # Batches don't carry indices, so the sampler is run again to find them.
             replayed = list(chain.from_iterable(islice(batch_sampler, len(batches))))
             indices = replayed if len(replayed) == len(indices) else indices
-        names = "index, label, prediction, confidence, loss, sum_to_1"
+        names = "index, label, prediction, confidence, loss, is_probability"
         return np.rec.fromarrays([indices, *columns], names=names, formats="i8, i4, i4, f4, f4, ?")
 
     def gather_rows(self, trainer, rows: np.ndarray) -> np.ndarray:
         """Returns the rows of all processes, one for each labelled sample."""
-        ranks = range(trainer.world_size)  # all_gather needs equal sizes, so each rank broadcasts
+        ranks = range(trainer.world_size)  # all_gather needs equal sizes; so each rank broadcasts
         rows = np.concatenate([trainer.strategy.broadcast(rows, src=rank) for rank in ranks])
         if (rows["index"] >= 0).all():  # a DistributedSampler repeats some samples
             _, first_of_each = np.unique(rows["index"], return_index=True)
@@ -233,13 +236,13 @@ class ImagePredictionLogger(pl.Callback):
         return rows[rows["label"] >= 0]
 
     def log_panels(self, trainer, module, loader, dataloader_idx, rows: np.ndarray) -> None:
-        if rows["sum_to_1"].all():
+        if rows["is_probability"].all():
             raise ValueError("ImagePredictionLogger needs logits, not probabilities")
         labels, predictions, names = rows["label"], rows["prediction"], self.name_classes(rows)
-        recalls = {names[i]: np.mean(predictions[labels == i] == i) for i in np.unique(labels)}
+        recalls = {names[c]: np.mean(predictions[labels == c] == c) for c in np.unique(labels)}
         prefix = "test" if trainer.testing else "val"
         suffix = f"/dataloader_idx_{dataloader_idx}" if dataloader_idx > 0 else ""
-        lowest = f"{prefix}/lowest_recall{suffix}"  # logged by Lightning: callbacks can monitor it
+        lowest = f"{prefix}/lowest_recall{suffix}"  # on all ranks, for callbacks that monitor it
         module.log(lowest, min(recalls.values()), sync_dist=True, add_dataloader_idx=False)
         if not trainer.is_global_zero:
             return
@@ -247,14 +250,14 @@ class ImagePredictionLogger(pl.Callback):
         if rows["index"].min() < 0:
             rank_zero_warn("ImagePredictionLogger shows no images: it can't know their indices.")
         else:
-            hardest = np.argsort(rows["loss"], kind="stable")[::-1]  # NaN is first
+            hardest = np.argsort(-np.nan_to_num(rows["loss"], nan=np.inf), kind="stable")
             examples = np.random.default_rng(0).permutation(len(rows))  # the same in each epoch
             for panel, order in {"hardest": hardest, "examples": examples}.items():
                 chosen = rows[order[: self.num_samples]]
                 media = [self.render(trainer, loader, dataloader_idx, row, names) for row in chosen]
                 panels[f"{prefix}/{panel}{suffix}"] = media
         self.log_to_wandb(trainer, panels)
-        if len(names) <= 100:  # logged apart, since it can fail
+        if len(names) <= 100:  # logged apart, since charts fail without W&B's server
             chart = wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=names)
             self.log_to_wandb(trainer, {f"{prefix}/confusion_matrix{suffix}": chart})
 
@@ -268,14 +271,15 @@ class ImagePredictionLogger(pl.Callback):
 
     def render(self, trainer, loader, dataloader_idx, row: np.void, names: list[str]):
         """Loads a sample again, as the step received it, hooks included. Returns W&B media."""
-        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # none on TPUs
+        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # not set on TPUs
         batch = collate([loader.dataset[row["index"]]])
-        # Only one of the two overrides this hook. `batch_to_device` calls the other transfer hooks.
+        # One of the two may override this hook; that of the other does nothing.
         for owner in filter(None, [trainer.datamodule, trainer.lightning_module]):
             batch = owner.on_before_batch_transfer(batch, dataloader_idx)
+        # This calls the other two hooks, transfer_batch_to_device and on_after_batch_transfer.
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
         inputs, labels = self.split_batch(batch)
-        if labels.item() != row["label"]:  # this isn't the sample that was judged
+        if labels.item() != row["label"]:  # so the order has changed
             raise ValueError("ImagePredictionLogger needs loaders that don't shuffle")
         image = self.make_visible(inputs[0].cpu())
         if self.to_media is None and (image.ndim != 3 or len(image) not in (1, 3)):
@@ -285,7 +289,7 @@ class ImagePredictionLogger(pl.Callback):
         return (self.to_media or wandb.Image)(image, caption=caption)
 
     def make_visible(self, image: Tensor) -> Tensor:
-        """Converts images to uint8, since wandb.Image would truncate a float: 0.9 becomes 0."""
+        """Converts images to uint8, 0 to 255, because wandb.Image doesn't scale floats."""
         if image.ndim < 3 or image.dtype == torch.uint8:
             return image  # e.g. audio, or uint8 already
         image = image.float().nan_to_num()
@@ -300,14 +304,13 @@ class ImagePredictionLogger(pl.Callback):
     def log_to_wandb(self, trainer, panels: dict) -> None:
         if trainer.sanity_checking or trainer.fast_dev_run:
             return  # these runs only check that the panels can be built
-        experiments = [logger.experiment for logger in trainer.loggers]
-        runs = [run for run in experiments if isinstance(run, wandb.Run)]
+        runs = [log.experiment for log in trainer.loggers if isinstance(log.experiment, wandb.Run)]
         if not runs:
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
         for run in runs:
             try:
-                run.log(panels, commit=False)  # Lightning's own metrics, logged next, join this row
-            except wandb.errors.CommError as error:  # charts need W&B's server
+                run.log(panels, commit=False)  # Lightning logs its metrics next, into this row
+            except wandb.errors.CommError as error:  # no connection to W&B
                 rank_zero_warn(f"ImagePredictionLogger could not log a chart: {error}")
 
 
@@ -318,7 +321,7 @@ class StopAtSigterm(pl.Callback):
         with suppress(ValueError):  # only the main thread can set a handler
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
-    on_sanity_check_start = on_test_start = on_train_start
+    on_sanity_check_start = on_test_start = on_train_start  # just after Lightning has set its own
 
 
 def make_parser() -> ArgumentParser:
@@ -335,7 +338,7 @@ def make_parser() -> ArgumentParser:
     add("--batch_size", type=int, default=128, help="samples per batch, on each device")
     add("--lr", type=float, default=0.015, help="highest learning rate of the schedule")
     add("--seed", type=int, default=0, help="for initial weights, shuffling and random crops")
-    add("--dataset", choices=[*DATASETS, "digits"], help="default: mnist, or digits without it")
+    add("--dataset", choices=[*DATASETS, "digits"], help="by default mnist, or digits if offline")
     add("--data_dir", default="data", help="folder of the data set, which is downloaded if missing")
     add("--num_samples", type=int, default=32, help="images per panel, up to 108")
     add("--ckpt_path", help="checkpoint to resume from")
@@ -347,11 +350,10 @@ def choose_wandb_mode() -> str | None:
     """Returns "offline" without an account or a connection, otherwise None: W&B's own setting."""
     if wandb.setup().settings.mode != "online":  # the user has set WANDB_MODE
         return None
-    try:
-        has_account = wandb.login(prompt=False)  # False without a key
-    except wandb.errors.AuthenticationError:  # the key is invalid, or W&B doesn't answer
-        has_account = False
-    return None if has_account else "offline"
+    with suppress(wandb.errors.AuthenticationError):  # the key is invalid, or W&B doesn't answer
+        if wandb.login(prompt=False):  # False without a key
+            return None
+    return "offline"
 
 
 def make_trainer(args: Namespace) -> pl.Trainer:
@@ -375,14 +377,14 @@ def make_trainer(args: Namespace) -> pl.Trainer:
             pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # stops at NaN or inf only
             pl.callbacks.LearningRateMonitor(),
             pl.callbacks.TQDMProgressBar(refresh_rate=20),
-            pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # the best; this one must be first
-            pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),
+            pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # trainer.checkpoint_callback
+            pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),  # newest
         ],
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains, then tests the checkpoint with the lowest validation loss."""
+    """Trains, then tests the best checkpoint. With weights_only, checkpoints can't run code."""
     parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("lr", "num_nodes", "max_epochs", "batch_size", "num_samples"):
@@ -397,16 +399,15 @@ def main(argv: list[str] | None = None) -> None:
     dataset = args.dataset or ("digits" if args.fast_dev_run else None)
     data = DigitsDataModule(dataset, args.data_dir, args.batch_size)
     status = 1
-    try:  # with weights_only, so that no code in a checkpoint is run
+    try:
         trainer.fit(DigitClassifier(args.lr), data, ckpt_path=args.ckpt_path, weights_only=True)
         if not math.isfinite(trainer.callback_metrics.get("val/loss", 0)):
-            # Only rank 0 raises: if another did, Lightning would kill rank 0 before W&B finishes.
-            if trainer.is_global_zero:
-                raise FloatingPointError("the loss is not finite: try a lower --lr")
-            return
+            if not trainer.is_global_zero:
+                return  # rank 0 fails; if another did, too, Lightning would kill rank 0 at once
+            raise FloatingPointError("the loss is not finite: try a lower --lr")
         best_path = trainer.checkpoint_callback.best_model_path or None  # None in a fast_dev_run
         trainer.test(trainer.lightning_module, data, ckpt_path=best_path, weights_only=True)
-        with suppress(wandb.errors.CommError):  # the checkpoint is on disk anyway
+        with suppress(wandb.errors.CommError):  # no connection, but the file is on disk
             trainer.logger.experiment.log_model(best_path, "digit-classifier", ["best"])
         trainer.print("Checkpoint:", best_path)
         status = 0
