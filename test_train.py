@@ -36,7 +36,6 @@ os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """An empty working folder."""
     monkeypatch.chdir(tmp_path)
     yield
     wandb.finish(exit_code=1)
@@ -255,8 +254,14 @@ def test_flipped_labels_fill_the_top_of_hardest(monkeypatch, healthy):
     assert run.labelled_5_but_surely_4() == fours
 
 
+class Strict(TensorDataset):
+    def __getitem__(self, index):
+        assert isinstance(index, int)  # random.Random(index), for example, takes no np.int64
+        return super().__getitem__(index)
+
+
 IMAGES, LABELS = torch.rand(24, 1, 8, 8), torch.arange(24) % 3
-PAIRS = TensorDataset(IMAGES, LABELS)
+PAIRS = Strict(IMAGES, LABELS)
 
 
 def net(classes=3, channels=1):
@@ -289,10 +294,9 @@ def fit(module, *datasets, callbacks=(), max_epochs=2, flags=None, **arguments):
     loaders = [d if isinstance(d, DataLoader) else DataLoader(d, 4) for d in datasets]
     common = {"accelerator": "cpu", "enable_progress_bar": False, "max_epochs": max_epochs}
     callbacks = [*callbacks, ImagePredictionLogger(4, **arguments)]
-    trainer = pl.Trainer(
-        logger=WandbLogger(project="other"), callbacks=callbacks, **common, **flags or {}
-    )
-    assert trainer.logger.experiment  # before any process is forked
+    logger = WandbLogger(project="other")
+    assert logger.experiment  # before any process is forked
+    trainer = pl.Trainer(logger=logger, callbacks=callbacks, **common, **flags or {})
     trainer.fit(module, DataLoader(PAIRS, 3), loaders)
     return Run()
 
@@ -327,6 +331,20 @@ CASES = {  # data set, module, arguments
     "no parameters": (PAIRS, Foreign(nn.Sequential(nn.Flatten(), nn.AvgPool1d(20))), {}),
     "names": (PAIRS, Foreign(net()), {"class_names": np.array(["a", "b", "c"])}),
 }
+ERRORS = [  # data set, module, arguments, message
+    (TensorDataset(IMAGES, IMAGES[:, 0].long()), Foreign(net()), {}, "labels"),
+    (TensorDataset(IMAGES, LABELS + 1), Foreign(net()), {}, "Target 3 is out of bounds"),
+    (TensorDataset(IMAGES, LABELS * 0.7), Foreign(net()), {}, "labels must be integers"),
+    (PAIRS, Foreign(nn.Conv2d(1, 3, 1)), {}, "logits"),
+    (PAIRS, Foreign(nn.Sequential(net(1), nn.Flatten(0))), {}, r"\(N, classes\) or \(N, 1\)"),
+    (PAIRS, Foreign(None), {}, "logits .* from the step"),
+    (PAIRS, Foreign(None, lambda m, b: net()(b[0]).softmax(1)), {}, "logits.*probabilities"),
+    (PAIRS, Foreign(net()), {"class_names": ["a", "b"]}, "2 class_names for 3 classes"),
+    (DICTS, Foreign(net()), {}, "unpack"),
+    (DICTS, Foreign(net(), lambda m, batch: batch.pop("label")), PICK, "labels .*'label'"),
+    (TensorDataset(torch.rand(24, 2, 8, 8), LABELS), Foreign(net(3, 2)), {}, "needs to_media"),
+    (DataLoader(PAIRS, 4, shuffle=True), Foreign(net()), {}, "shuffle"),
+]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -397,31 +415,15 @@ def test_an_iterable_data_set_has_recalls_but_no_pictures():
 
 
 def test_half_precision_without_logits_from_the_step_and_without_wandb():
-    show, half = ImagePredictionLogger(4), "bf16-true"
-    trainer = pl.Trainer(accelerator="cpu", precision=half, logger=False, callbacks=show)
+    half = {"precision": "bf16-true", "callbacks": ImagePredictionLogger(4)}
+    trainer = pl.Trainer(accelerator="cpu", logger=False, **half)
     loader = DataLoader(TensorDataset((IMAGES * 255).byte(), LABELS), 4)
     with pytest.warns(UserWarning, match="no WandbLogger"):
         (metrics,) = trainer.validate(Foreign(net()), loader, verbose=False)
     assert 0 <= metrics["val/lowest_recall"] <= 1
 
 
-@pytest.mark.parametrize(
-    "dataset, module, arguments, message",
-    [
-        (TensorDataset(IMAGES, IMAGES[:, 0].long()), Foreign(net()), {}, "labels"),
-        (TensorDataset(IMAGES, LABELS + 1), Foreign(net()), {}, "Target 3 is out of bounds"),
-        (TensorDataset(IMAGES, LABELS * 0.7), Foreign(net()), {}, "labels must be integers"),
-        (PAIRS, Foreign(nn.Conv2d(1, 3, 1)), {}, "logits"),
-        (PAIRS, Foreign(nn.Sequential(net(1), nn.Flatten(0))), {}, r"\(N, classes\) or \(N, 1\)"),
-        (PAIRS, Foreign(None), {}, "logits .* from the step"),
-        (PAIRS, Foreign(None, lambda m, b: net()(b[0]).softmax(1)), {}, "logits.*probabilities"),
-        (PAIRS, Foreign(net()), {"class_names": ["a", "b"]}, "2 class_names for 3 classes"),
-        (DICTS, Foreign(net()), {}, "unpack"),
-        (DICTS, Foreign(net(), lambda m, batch: batch.pop("label")), PICK, "labels .*'label'"),
-        (TensorDataset(torch.rand(24, 2, 8, 8), LABELS), Foreign(net(3, 2)), {}, "needs to_media"),
-        (DataLoader(PAIRS, 4, shuffle=True), Foreign(net()), {}, "shuffle"),
-    ],
-)
+@pytest.mark.parametrize("dataset, module, arguments, message", ERRORS)
 def test_what_cannot_be_shown_is_one_error(dataset, module, arguments, message):
     with pytest.raises(ValueError, match=f"^ImagePredictionLogger.*{message}"):
         fit(module, dataset, **arguments)
@@ -526,12 +528,10 @@ def test_a_resumed_run_does_all_epochs_and_does_not_raise_the_learning_rate(monk
 
 
 WRONG = "--lr nan, --lr 0, --lr x, --batch_size 0, --max_epochs x, --num_nodes 0, --num_samples -1"
-WRONG += (
-    ", --devices 0, --gpus 99, --strategy x, --precision x, --dataset x, --unknown, --project a/b"
-)
+MORE = "--devices 0, --gpus 99, --strategy x, --precision x, --dataset x, --unknown, --project a/b"
 
 
-@pytest.mark.parametrize("flags", WRONG.split(", "))
+@pytest.mark.parametrize("flags", f"{WRONG}, {MORE}".split(", "))
 def test_a_wrong_flag_gets_one_line(capsys, flags):
     with pytest.raises(SystemExit) as stop:
         main(["--accelerator", "cpu", *flags.split()])

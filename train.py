@@ -166,7 +166,7 @@ class ImagePredictionLogger(pl.Callback):
     to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
 
     def on_validation_epoch_start(self, trainer, module):
-        self.judged = defaultdict(list)  # {dataloader_idx: [a tensor (5, N) for each batch]}
+        self.judged = defaultdict(list)  # {dataloader_idx: [a tensor from `judge` per batch]}
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
         try:
@@ -174,7 +174,7 @@ class ImagePredictionLogger(pl.Callback):
             logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
             is_float = isinstance(logits, Tensor) and logits.is_floating_point()
             has_logits = is_float and logits.ndim == 2 and len(logits) == len(labels)
-            if not has_logits:  # but, for example, a loss or nothing
+            if not has_logits:  # the step returned, for example, a loss or nothing
                 with trainer.precision_plugin.val_step_context():  # e.g. autocast, as in the step
                     logits = module(inputs)
             self.judged[dataloader_idx].append(self.judge(logits.float(), labels))
@@ -184,7 +184,7 @@ class ImagePredictionLogger(pl.Callback):
 
     def on_validation_epoch_end(self, trainer, module):
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        loaders = CombinedLoader(loaders).flattened  # makes one loader, a list or a dict a list
+        loaders = CombinedLoader(loaders).flattened  # a list, also of one loader or a dict
         for dataloader_idx, loader in enumerate(loaders):
             rows = self.make_rows(loader, self.judged.pop(dataloader_idx, []))
             rows = self.gather_rows(trainer, rows)
@@ -203,7 +203,7 @@ class ImagePredictionLogger(pl.Callback):
         return inputs, labels.reshape(len(labels)).long().clamp(min=-1)  # (N, 1) becomes (N,)
 
     def judge(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns labels, predictions, confidences, losses and is_probability, float (5, N)."""
+        """Returns label, prediction, confidence, loss and sums_to_one of each sample, (5, N)."""
         if logits.shape[1] == 1:
             logits = F.pad(logits, (1, 0))  # to [0, x], since softmax([0, x])[1] is sigmoid(x)
         if self.class_names is not None and len(self.class_names) != logits.shape[1]:
@@ -211,8 +211,8 @@ class ImagePredictionLogger(pl.Callback):
         log_probabilities = logits.log_softmax(dim=1)
         highest, predictions = log_probabilities.max(dim=1)
         losses = F.nll_loss(log_probabilities, labels, ignore_index=-1, reduction="none")
-        is_probability = (logits.sum(dim=1) - 1).abs() < 0.01  # or it is chance
-        return torch.stack([labels, predictions, highest.exp(), losses, is_probability])
+        sums_to_one = (logits.sum(dim=1) - 1).abs() < 0.01  # if all do, they are probabilities
+        return torch.stack([labels, predictions, highest.exp(), losses, sums_to_one])
 
     def make_rows(self, loader, batches: list[Tensor]) -> np.ndarray:
         """Returns a row for each sample of this process, with its index in the data set, or -1."""
@@ -220,10 +220,11 @@ class ImagePredictionLogger(pl.Callback):
         indices = [-1] * columns.shape[1]
         batch_sampler = getattr(loader, "batch_sampler", None)
         if batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            # Batches don't carry indices, so the sampler is run again to find them.
+            # Batches don't carry indices, so the sampler is run again, for as many batches.
             replayed = list(chain.from_iterable(islice(batch_sampler, len(batches))))
-            indices = replayed if len(replayed) == len(indices) else indices
-        names = "index, label, prediction, confidence, loss, is_probability"
+            if len(replayed) == len(indices):
+                indices = replayed
+        names = "index, label, prediction, confidence, loss, sums_to_one"
         return np.rec.fromarrays([indices, *columns], names=names, formats="i8, i4, i4, f4, f4, ?")
 
     def gather_rows(self, trainer, rows: np.ndarray) -> np.ndarray:
@@ -236,7 +237,7 @@ class ImagePredictionLogger(pl.Callback):
         return rows[rows["label"] >= 0]
 
     def log_panels(self, trainer, module, loader, dataloader_idx, rows: np.ndarray) -> None:
-        if rows["is_probability"].all():
+        if rows["sums_to_one"].all():
             raise ValueError("ImagePredictionLogger needs logits, not probabilities")
         labels, predictions, names = rows["label"], rows["prediction"], self.name_classes(rows)
         recalls = {names[c]: np.mean(predictions[labels == c] == c) for c in np.unique(labels)}
@@ -257,7 +258,7 @@ class ImagePredictionLogger(pl.Callback):
                 media = [self.render(trainer, loader, dataloader_idx, row, names) for row in chosen]
                 panels[f"{prefix}/{panel}{suffix}"] = media
         self.log_to_wandb(trainer, panels)
-        if len(names) <= 100:  # logged apart, since charts fail without W&B's server
+        if len(names) <= 100:  # apart, as only charts fail without W&B's server
             chart = wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=names)
             self.log_to_wandb(trainer, {f"{prefix}/confusion_matrix{suffix}": chart})
 
@@ -271,12 +272,11 @@ class ImagePredictionLogger(pl.Callback):
 
     def render(self, trainer, loader, dataloader_idx, row: np.void, names: list[str]):
         """Loads a sample again, as the step received it, hooks included. Returns W&B media."""
-        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # not set on TPUs
-        batch = collate([loader.dataset[row["index"]]])
-        # One of the two may override this hook; that of the other does nothing.
+        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # absent on TPUs
+        batch = collate([loader.dataset[int(row["index"])]])
+        # This hook does nothing unless it is overridden. `batch_to_device` calls the other hooks.
         for owner in filter(None, [trainer.datamodule, trainer.lightning_module]):
             batch = owner.on_before_batch_transfer(batch, dataloader_idx)
-        # This calls the other two hooks, transfer_batch_to_device and on_after_batch_transfer.
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
         inputs, labels = self.split_batch(batch)
         if labels.item() != row["label"]:  # so the order has changed
