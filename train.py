@@ -47,7 +47,7 @@ class DigitsDataModule(pl.LightningDataModule):
         self.save_hyperparameters()
 
     @property
-    def has_mnist(self) -> bool:  # if the last file to be downloaded is there
+    def has_mnist(self) -> bool:  # the last of its files to be downloaded is there
         return os.path.exists(f"{self.hparams.data_dir}/MNIST/raw/t10k-labels-idx1-ubyte")
 
     def prepare_data(self) -> None:
@@ -58,19 +58,19 @@ class DigitsDataModule(pl.LightningDataModule):
             DATASETS[self.hparams.dataset or "mnist"](self.hparams.data_dir, download=True)
         except (RuntimeError, OSError):
             if self.hparams.dataset or self.has_mnist:
-                raise  # the user named the data set, or MNIST is damaged
+                raise  # no fallback if the user named a data set or MNIST is there, but damaged
             print("MNIST can't be downloaded, so scikit-learn's digits take its place.")
 
     def setup(self, stage: str) -> None:
         """Splits the data, always in the same way."""
         name = self.hparams.dataset or ("mnist" if self.has_mnist else "digits")
         name = self.trainer.strategy.broadcast(name)  # so that all machines use the same
-        self.save_hyperparameters({"dataset": name})  # after this, Lightning logs them to W&B
+        self.save_hyperparameters({"dataset": name})  # before Lightning logs them to W&B
         data = load_dataset(name, self.hparams.data_dir, train=True)
         generator = torch.Generator().manual_seed(0)
         if name == "digits":
             train, self.val, self.test = random_split(data, [1413, 128, 256], generator)
-            self.train = Subset(train, list(range(1413)) * 8)  # or an epoch would be too short
+            self.train = Subset(train, list(range(1413)) * 8)  # for epochs of 89 steps, not 12
         else:
             self.train, self.val = random_split(data, [55_000, 5_000], generator)
             self.test = load_dataset(name, self.hparams.data_dir, train=False)
@@ -139,7 +139,7 @@ class DigitClassifier(pl.LightningModule):
         num_steps = self.trainer.estimated_stepping_batches
 
         def one_cycle(step: int) -> float:
-            progress = min((step + 0.5) / num_steps, 1)  # after a resume, there may be more steps
+            progress = min((step + 0.5) / num_steps, 1)  # after a resume, step can exceed num_steps
             return min(progress / 0.3, (1 - progress) / 0.7)  # a linear rise, then a linear fall
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle)
@@ -175,7 +175,7 @@ class ImagePredictionLogger(pl.Callback):
             logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
             is_float = isinstance(logits, Tensor) and logits.is_floating_point()
             has_logits = is_float and logits.ndim == 2 and len(logits) == len(labels)
-            if not has_logits:  # the step returned, for example, a loss or nothing
+            if not has_logits:  # the step returned something else, e.g. a loss or None
                 with trainer.precision_plugin.val_step_context():  # e.g. autocast, as in the step
                     logits = module(inputs)
             self.judged.setdefault(dataloader_idx, []).append(self.judge(logits.float(), labels))
@@ -185,7 +185,7 @@ class ImagePredictionLogger(pl.Callback):
 
     def on_validation_epoch_end(self, trainer, module):
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        loaders = CombinedLoader(loaders).flattened  # a list, also of one loader or a dict
+        loaders = CombinedLoader(loaders).flattened  # a list, even of one loader or of a dict
         for dataloader_idx, loader in enumerate(loaders):
             rows = self.make_rows(loader, self.judged.pop(dataloader_idx, []))
             rows = self.gather_rows(trainer, rows)
@@ -221,7 +221,7 @@ class ImagePredictionLogger(pl.Callback):
         indices = [-1] * columns.shape[1]
         batch_sampler = getattr(loader, "batch_sampler", None)
         if batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            # Batches don't carry indices, so the sampler is run again, for as many batches.
+            # Batches carry no indices, but unless it shuffles, the sampler yields them again.
             replayed = list(chain.from_iterable(islice(batch_sampler, len(batches))))
             if len(replayed) == len(indices):
                 indices = replayed
@@ -244,7 +244,7 @@ class ImagePredictionLogger(pl.Callback):
         recalls = {names[c]: np.mean(predictions[labels == c] == c) for c in np.unique(labels)}
         prefix = "test" if trainer.testing else "val"
         suffix = f"/dataloader_idx_{dataloader_idx}" if dataloader_idx > 0 else ""
-        lowest = f"{prefix}/lowest_recall{suffix}"  # on all ranks, for callbacks that monitor it
+        lowest = f"{prefix}/lowest_recall{suffix}"  # all ranks log it; callbacks can monitor it
         module.log(lowest, min(recalls.values()), sync_dist=True, add_dataloader_idx=False)
         if not trainer.is_global_zero:
             return
@@ -259,7 +259,7 @@ class ImagePredictionLogger(pl.Callback):
                 media = [self.render(trainer, loader, dataloader_idx, row, names) for row in chosen]
                 panels[f"{prefix}/{panel}{suffix}"] = media
         self.log_to_wandb(trainer, panels)
-        if len(names) <= 100:  # apart, as only charts fail without W&B's server
+        if len(names) <= 100:  # logged apart, since only charts fail without W&B's server
             chart = wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=names)
             self.log_to_wandb(trainer, {f"{prefix}/confusion_matrix{suffix}": chart})
 
@@ -275,7 +275,7 @@ class ImagePredictionLogger(pl.Callback):
         """Loads a sample again, as the step received it, hooks included. Returns W&B media."""
         collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # absent on TPUs
         batch = collate([loader.dataset[int(row["index"])]])
-        # This hook does nothing unless it is overridden. `batch_to_device` calls the other hooks.
+        # `batch_to_device` doesn't call this hook. Only one of the two overrides it, if any does.
         for owner in filter(None, [trainer.datamodule, trainer.lightning_module]):
             batch = owner.on_before_batch_transfer(batch, dataloader_idx)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
@@ -290,9 +290,9 @@ class ImagePredictionLogger(pl.Callback):
         return (self.to_media or wandb.Image)(image, caption=caption)
 
     def make_visible(self, image: Tensor) -> Tensor:
-        """Converts images to uint8, 0 to 255, because wandb.Image doesn't scale floats."""
+        """Converts an image to uint8, 0 to 255, because wandb.Image doesn't scale floats."""
         if image.ndim < 3 or image.dtype == torch.uint8:
-            return image  # e.g. audio, or uint8 already
+            return image  # it isn't an image, or is uint8 already
         image = image.float().nan_to_num()
         if self.mean is not None and self.std is not None:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
@@ -310,7 +310,7 @@ class ImagePredictionLogger(pl.Callback):
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
         for run in runs:
             try:
-                run.log(panels, commit=False)  # Lightning logs its metrics next, into this row
+                run.log(panels, commit=False)  # Lightning's metrics, logged next, commit it
             except wandb.errors.CommError as error:  # no connection to W&B
                 rank_zero_warn(f"ImagePredictionLogger could not log a chart: {error}")
 
@@ -322,7 +322,7 @@ class StopAtSigterm(pl.Callback):
         with suppress(ValueError):  # only the main thread can set a handler
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
-    on_sanity_check_start = on_test_start = on_train_start  # just after Lightning has set its own
+    on_sanity_check_start = on_test_start = on_train_start  # after Lightning set its own
 
 
 def make_parser() -> ArgumentParser:
@@ -378,14 +378,14 @@ def make_trainer(args: Namespace) -> pl.Trainer:
             pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # stops at NaN or inf only
             pl.callbacks.LearningRateMonitor(),
             pl.callbacks.TQDMProgressBar(refresh_rate=20),
-            pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # trainer.checkpoint_callback
+            pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # is trainer.checkpoint_callback
             pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),  # newest
         ],
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains, then tests the best checkpoint. With weights_only, checkpoints can't run code."""
+    """Trains, then tests the checkpoint with the lowest validation loss."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if not min(args.lr, args.num_nodes, args.max_epochs, args.batch_size, args.num_samples) > 0:
@@ -399,11 +399,11 @@ def main(argv: list[str] | None = None) -> None:
     dataset = args.dataset or ("digits" if args.fast_dev_run else None)
     data = DigitsDataModule(dataset, args.data_dir, args.batch_size)
     status = 1
-    try:
+    try:  # weights_only=True, so that no checkpoint can run code
         trainer.fit(DigitClassifier(args.lr), data, ckpt_path=args.ckpt_path, weights_only=True)
         if not math.isfinite(trainer.callback_metrics.get("val/loss", 0)):
             if not trainer.is_global_zero:
-                return  # rank 0 fails; if another did, too, Lightning would kill rank 0 at once
+                return  # if another rank raised, Lightning would kill rank 0 before W&B finishes
             raise FloatingPointError("the loss is not finite: try a lower --lr")
         best_path = trainer.checkpoint_callback.best_model_path or None  # None in a fast_dev_run
         trainer.test(trainer.lightning_module, data, ckpt_path=best_path, weights_only=True)
@@ -416,5 +416,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # all that was imported; saves two seconds of garbage collection
+    gc.freeze()  # exempts imported modules from garbage collection, which saves two seconds
     main()
