@@ -105,10 +105,10 @@ class DigitClassifier(pl.LightningModule):
             nn.Conv2d(32, 128, 3, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
             nn.Flatten(), nn.Linear(128 * 3 * 3, 10),  # 28 x 28 pixels have become 3 x 3
         )  # fmt: skip
-        self.network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
 
     def forward(self, images: Tensor) -> Tensor:
         """Takes normalised images, float (N, 1, 28, 28). Returns logits, float (N, 10)."""
+        images = images.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         return self.network(images)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
