@@ -51,19 +51,18 @@ class DigitsDataModule(pl.LightningDataModule):
         if self.hparams.dataset in DATASETS:
             DATASETS[self.hparams.dataset](self.hparams.data_dir, download=True)
         elif self.hparams.dataset is None:
-            with suppress(RuntimeError, OSError):  # without a network, `setup` chooses the digits
+            with suppress(RuntimeError, OSError):  # if it fails, `setup` chooses other digits
                 MNIST(self.hparams.data_dir, download=True)
 
     def setup(self, stage: str) -> None:
         """Splits the data, always in the same way."""
         name = self.hparams.dataset
         if name is None:
-            last_download = f"{self.hparams.data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"
-            name = "mnist" if os.path.exists(last_download) else "digits"
-            name = self.trainer.strategy.broadcast(name)  # so that all machines use the same
+            has_mnist = os.path.exists(f"{self.hparams.data_dir}/MNIST/raw/t10k-labels-idx1-ubyte")
+            name = self.trainer.strategy.broadcast("mnist" if has_mnist else "digits")
             if name == "digits":
                 self.trainer.print("MNIST can't be downloaded; using scikit-learn's digits.")
-            self.save_hyperparameters({"dataset": name})  # before Lightning logs them to W&B
+            self.save_hyperparameters({"dataset": name})  # updates what Lightning logs to W&B
         data = load_dataset(name, self.hparams.data_dir, train=True)
         generator = torch.Generator().manual_seed(0)
         if name == "digits":
@@ -82,12 +81,13 @@ class DigitsDataModule(pl.LightningDataModule):
         return DataLoader(self.test, self.hparams.batch_size)
 
     def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
-        """On the device, shifts training images at random, and normalises and converts all."""
+        """On the device, normalises images and, in training, shifts them at random."""
         images, labels = batch
         if self.trainer.training:
             images = RandomCrop(28, padding=1)(images)  # one shift for the whole batch
         images = (images / 255 - MEAN) / STD
-        return [self.trainer.precision_plugin.convert_input(images), labels]  # e.g. to half floats
+        # Lightning converts floats, e.g. to half precision, but earlier, when images were uint8.
+        return [self.trainer.precision_plugin.convert_input(images), labels]
 
 
 class DigitClassifier(pl.LightningModule):
@@ -118,15 +118,13 @@ class DigitClassifier(pl.LightningModule):
         return self.compute_and_log("test", batch)["logits"]
 
     def compute_and_log(self, stage: str, batch: list[Tensor]) -> dict[str, Tensor]:
-        """Returns loss and logits, and logs loss and accuracy (in training, those of a batch)."""
+        """Returns the loss and the logits, and logs the loss and the accuracy."""
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         metrics = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
-        # Lightning drops what other training steps log, after 2 ms of work on each.
-        if stage != "train" or (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            self.log_dict(metrics, prog_bar=True, sync_dist=True)  # the mean of all devices
+        self.log_dict(metrics, prog_bar=True, sync_dist=True)  # the mean of all devices
         return {"loss": loss, "logits": logits}
 
     def configure_optimizers(self) -> dict:
@@ -134,7 +132,7 @@ class DigitClassifier(pl.LightningModule):
         lr = self.hparams.lr
         optimizer = torch.optim.AdamW(self.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.05)
         num_steps = self.trainer.estimated_stepping_batches
-        # A resumed run can take more steps than that, if its batches are larger.
+        # A run that is resumed with larger batches may already have done more than num_steps.
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: max(1 - t / num_steps, 0))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -155,12 +153,12 @@ class ImagePredictionLogger(pl.Callback):
     num_samples: int = 32  # images per panel; W&B shows up to 108
     class_names: Sequence[str] | None = None  # one per class; by default, classes are numbered
     mean: Sequence[float] | None = None  # of each channel, as given to Normalize
-    std: Sequence[float] | None = None  # with both, Normalize is undone
+    std: Sequence[float] | None = None  # if mean and std are given, Normalize is undone
     unpack: Callable | None = None  # for other batches: unpack(batch) returns (inputs, labels)
     to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
 
     def on_validation_epoch_start(self, trainer, module):
-        self.judged = {}  # {dataloader_idx: [a tensor from `judge` per batch]}
+        self.judged = {}  # {dataloader_idx: [what `judge` returned for each batch]}
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
         try:
@@ -178,7 +176,7 @@ class ImagePredictionLogger(pl.Callback):
 
     def on_validation_epoch_end(self, trainer, module):
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        loaders = CombinedLoader(loaders).flattened  # a list, even of one loader or of a dict
+        loaders = CombinedLoader(loaders).flattened  # one loader, a list or a dict becomes a list
         for dataloader_idx, loader in enumerate(loaders):
             rows = self.make_rows(loader, self.judged.pop(dataloader_idx, []))
             rows = self.gather_rows(trainer, rows)
@@ -205,8 +203,8 @@ class ImagePredictionLogger(pl.Callback):
         log_probabilities = logits.log_softmax(dim=1)
         highest, predictions = log_probabilities.max(dim=1)
         losses = F.nll_loss(log_probabilities, labels, ignore_index=-1, reduction="none")
-        sums_to_one = (logits.sum(dim=1) - 1).abs() < 0.01  # if all do, they are probabilities
-        return torch.stack([labels, predictions, highest.exp(), losses, sums_to_one])
+        sums_to_one = (logits.sum(dim=1) - 1).abs() < 0.01  # in all samples: these are no logits
+        return torch.stack([labels, predictions, highest.exp(), losses, sums_to_one])  # as floats
 
     def make_rows(self, loader, batches: list[Tensor]) -> np.ndarray:
         """Returns a row for each sample of this process, with its index in the data set, or -1."""
@@ -214,7 +212,7 @@ class ImagePredictionLogger(pl.Callback):
         indices = [-1] * columns.shape[1]
         batch_sampler = getattr(loader, "batch_sampler", None)
         if batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            # Batches carry no indices, but unless it shuffles, the sampler yields them again.
+            # Batches carry no indices, but a sampler that doesn't shuffle repeats itself.
             replayed = list(chain.from_iterable(islice(batch_sampler, len(batches))))
             if len(replayed) == len(indices):
                 indices = replayed
@@ -223,7 +221,7 @@ class ImagePredictionLogger(pl.Callback):
 
     def gather_rows(self, trainer, rows: np.ndarray) -> np.ndarray:
         """Returns the rows of all processes, one for each labelled sample."""
-        ranks = range(trainer.world_size)  # all_gather needs equal sizes; so each rank broadcasts
+        ranks = range(trainer.world_size)  # each broadcasts, because all_gather needs equal sizes
         rows = np.concatenate([trainer.strategy.broadcast(rows, src=rank) for rank in ranks])
         if (rows["index"] >= 0).all():  # a DistributedSampler repeats some samples
             _, first_of_each = np.unique(rows["index"], return_index=True)
@@ -245,14 +243,15 @@ class ImagePredictionLogger(pl.Callback):
         if rows["index"].min() < 0:
             rank_zero_warn("ImagePredictionLogger shows no images: it can't know their indices.")
         else:
-            hardest = np.argsort(-np.nan_to_num(rows["loss"], nan=np.inf), kind="stable")
+            losses = np.nan_to_num(rows["loss"], nan=np.inf)  # NaN counts as the highest
+            hardest = np.argsort(-losses, kind="stable")
             examples = np.random.default_rng(0).permutation(len(rows))  # the same in each epoch
             for panel, order in {"hardest": hardest, "examples": examples}.items():
                 chosen = rows[order[: self.num_samples]]
                 media = [self.render(trainer, loader, dataloader_idx, row, names) for row in chosen]
                 panels[f"{prefix}/{panel}{suffix}"] = media
         self.log_to_wandb(trainer, panels)
-        if len(names) <= 100:  # logged apart, since only charts fail without W&B's server
+        if len(names) <= 100:  # logged apart, because without a connection, a chart raises an error
             chart = wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=names)
             self.log_to_wandb(trainer, {f"{prefix}/confusion_matrix{suffix}": chart})
 
@@ -266,9 +265,9 @@ class ImagePredictionLogger(pl.Callback):
 
     def render(self, trainer, loader, dataloader_idx, row: np.void, names: list[str]):
         """Loads a sample again, as the step received it, hooks included. Returns W&B media."""
-        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # absent on TPUs
+        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # TPUs: none
         batch = collate([loader.dataset[int(row["index"])]])
-        # `batch_to_device` doesn't call this hook. Only one of the two overrides it, if any does.
+        # `batch_to_device` calls the other hooks, but not `on_before_batch_transfer`.
         for owner in filter(None, [trainer.datamodule, trainer.lightning_module]):
             batch = owner.on_before_batch_transfer(batch, dataloader_idx)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
@@ -283,7 +282,7 @@ class ImagePredictionLogger(pl.Callback):
         return (self.to_media or wandb.Image)(image, caption=caption)
 
     def make_visible(self, image: Tensor) -> Tensor:
-        """Converts an image to uint8, 0 to 255, because wandb.Image doesn't scale floats."""
+        """Converts an image to uint8, 0 to 255. wandb.Image would cast floats without scaling."""
         if image.ndim < 3 or image.dtype == torch.uint8:
             return image  # it isn't an image, or is uint8 already
         image = image.float().nan_to_num()
@@ -303,7 +302,7 @@ class ImagePredictionLogger(pl.Callback):
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
         for run in runs:
             try:
-                run.log(panels, commit=False)  # Lightning's metrics, logged next, commit it
+                run.log(panels, commit=False)  # in the row of Lightning's metrics, logged next
             except wandb.errors.CommError as error:  # no connection to W&B
                 rank_zero_warn(f"ImagePredictionLogger could not log a chart: {error}")
 
@@ -315,7 +314,7 @@ class StopAtSigterm(pl.Callback):
         with suppress(ValueError):  # only the main thread can set a handler
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
-    on_sanity_check_start = on_test_start = on_train_start  # after Lightning set its own
+    on_sanity_check_start = on_test_start = on_train_start  # Lightning has set its own before
 
 
 def make_parser() -> ArgumentParser:
@@ -341,8 +340,8 @@ def make_parser() -> ArgumentParser:
 
 
 def choose_wandb_mode() -> str | None:
-    """Returns "offline" without an account or a connection, otherwise None: W&B's own setting."""
-    if wandb.setup().settings.mode != "online":  # the user has set WANDB_MODE
+    """Returns "offline" without an account or a connection. None keeps W&B's own setting."""
+    if wandb.setup().settings.mode != "online":  # the user has chosen it, e.g. with WANDB_MODE
         return None
     with suppress(wandb.errors.AuthenticationError):  # the key is invalid, or W&B doesn't answer
         if wandb.login(prompt=False):  # False without a key
@@ -353,7 +352,7 @@ def choose_wandb_mode() -> str | None:
 def make_trainer(args: Namespace) -> pl.Trainer:
     if args.gpus is not None:
         args.accelerator, args.devices = ("gpu", args.gpus) if args.gpus else ("cpu", "auto")
-    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; by default, forever
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds to upload the rest at the end
     mode = None if args.fast_dev_run else choose_wandb_mode()
     return pl.Trainer(
         accelerator=args.accelerator,
@@ -372,7 +371,8 @@ def make_trainer(args: Namespace) -> pl.Trainer:
             pl.callbacks.LearningRateMonitor(),
             pl.callbacks.TQDMProgressBar(refresh_rate=20),
             pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # is trainer.checkpoint_callback
-            pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),  # newest
+            # The newest checkpoint, after each epoch; save_last=True would skip some epochs.
+            pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),
         ],
     )
 
@@ -392,11 +392,12 @@ def main(argv: list[str] | None = None) -> None:
     dataset = args.dataset or ("digits" if args.fast_dev_run else None)
     data = DigitsDataModule(dataset, args.data_dir, args.batch_size)
     status = 1
-    try:  # weights_only=True, so that no checkpoint can run code
+    try:
+        # With weights_only=True, no checkpoint can execute code.
         trainer.fit(DigitClassifier(args.lr), data, ckpt_path=args.ckpt_path, weights_only=True)
         if not math.isfinite(trainer.callback_metrics.get("val/loss", 0)):
             if not trainer.is_global_zero:
-                return  # if another rank raised, Lightning would kill rank 0 before W&B finishes
+                return  # if this process failed, Lightning would kill rank 0 while it uploads
             raise FloatingPointError("the loss is not finite: try a lower --lr")
         best_path = trainer.checkpoint_callback.best_model_path or None  # None in a fast_dev_run
         trainer.test(trainer.lightning_module, data, ckpt_path=best_path, weights_only=True)
