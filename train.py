@@ -51,18 +51,18 @@ class DigitsDataModule(pl.LightningDataModule):
         if self.hparams.dataset in DATASETS:
             DATASETS[self.hparams.dataset](self.hparams.data_dir, download=True)
         elif self.hparams.dataset is None:
-            with suppress(RuntimeError, OSError):  # if this fails, `setup` chooses other digits
+            with suppress(RuntimeError, OSError):  # if this fails, `setup` takes other digits
                 MNIST(self.hparams.data_dir, download=True)
 
     def setup(self, stage: str) -> None:
         """Splits the data in the same way every time."""
         name = self.hparams.dataset
         if name is None:
-            file = f"{self.hparams.data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"  # MNIST's last one
+            file = f"{self.hparams.data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"  # downloaded last
             name = self.trainer.strategy.broadcast("mnist" if os.path.exists(file) else "digits")
             if name == "digits":
                 self.trainer.print("MNIST can't be downloaded; using scikit-learn's digits.")
-            self.save_hyperparameters({"dataset": name})  # updates it, in W&B's config too
+            self.save_hyperparameters({"dataset": name})  # merged; Lightning logs it to W&B
         data = load_dataset(name, self.hparams.data_dir, train=True)
         generator = torch.Generator().manual_seed(0)
         if name == "digits":
@@ -86,7 +86,7 @@ class DigitsDataModule(pl.LightningDataModule):
         if self.trainer.training:
             images = RandomCrop(28, padding=1)(images)  # one shift for the whole batch
         images = (images / 255 - MEAN) / STD
-        # Lightning's own conversion, e.g. to half precision, came before this hook: it skips uint8.
+        # Lightning converts floats, e.g. to half, before this hook, when images are still uint8.
         return [self.trainer.precision_plugin.convert_input(images), labels]
 
 
@@ -124,7 +124,7 @@ class DigitClassifier(pl.LightningModule):
         loss = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         metrics = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
-        # In training, Lightning sends every tenth step to W&B. Logging the others costs 2 ms each.
+        # Lightning sends only every tenth training step to W&B. Logging the others costs 2 ms each.
         if stage != "train" or (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
             self.log_dict(metrics, prog_bar=True, sync_dist=True)  # the mean of all devices
         return {"loss": loss, "logits": logits}
@@ -147,9 +147,9 @@ class ImagePredictionLogger(pl.Callback):
     recall of each class, the lowest recall and, for up to 100 classes, a confusion matrix.
 
     Batches must begin with inputs (N, ...) and integer labels (N,); negative labels are ignored.
-    Steps should return logits, float (N, classes) or, for two classes, (N, 1), either directly or
-    as "logits" in a dict; otherwise, `module(inputs)` is called. Loaders must not shuffle, because
-    images are loaded again by index. Raises ValueError if it notices that a rule is broken.
+    Steps should return logits or {"logits": logits}, as float (N, classes) or, for two classes,
+    (N, 1); otherwise, `module(inputs)` is called. Loaders must not shuffle, because images are
+    loaded again by index. Raises ValueError if it notices that a rule is broken.
     """
 
     num_samples: int = 32  # images per panel; W&B shows up to 108
@@ -160,7 +160,7 @@ class ImagePredictionLogger(pl.Callback):
     to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
 
     def on_validation_epoch_start(self, trainer, module):
-        self.judged = {}  # {dataloader_idx: [a tensor (5, N) from `judge` for each batch]}
+        self.judged = {}  # {dataloader_idx: [what `judge` returns for each batch]}
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
         try:
@@ -205,8 +205,8 @@ class ImagePredictionLogger(pl.Callback):
         log_probabilities = logits.log_softmax(dim=1)
         highest, predictions = log_probabilities.max(dim=1)
         losses = F.nll_loss(log_probabilities, labels, ignore_index=-1, reduction="none")
-        sums_to_one = (logits.sum(dim=1) - 1).abs() < 0.01  # if all do, they aren't logits
-        return torch.stack([labels, predictions, highest.exp(), losses, sums_to_one])  # all floats
+        sums_to_one = (logits.sum(dim=1) - 1).abs() < 0.01  # all True means probabilities
+        return torch.stack([labels, predictions, highest.exp(), losses, sums_to_one])  # to float32
 
     def make_rows(self, loader, batches: list[Tensor]) -> np.ndarray:
         """Returns a row for each sample of this process. Its index is -1 if it can't be known."""
@@ -214,7 +214,7 @@ class ImagePredictionLogger(pl.Callback):
         indices = [-1] * columns.shape[1]
         batch_sampler = getattr(loader, "batch_sampler", None)
         if batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            # Batches carry no indices. Unless it shuffles, the sampler yields the same ones again.
+            # Batches carry no indices, but the sampler repeats them, unless it shuffles.
             replayed = list(chain.from_iterable(islice(batch_sampler, len(batches))))
             if len(replayed) == len(indices):
                 indices = replayed
@@ -254,7 +254,7 @@ class ImagePredictionLogger(pl.Callback):
                 media = [self.render(trainer, loader, dataloader_idx, row, names) for row in chosen]
                 panels[f"{prefix}/{panel}{suffix}"] = media
         self.log_to_wandb(trainer, panels)
-        if len(names) <= 100:  # logged separately, since a chart fails without a connection
+        if len(names) <= 100:  # logged separately: a chart fails if the connection is lost
             chart = wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=names)
             self.log_to_wandb(trainer, {f"{prefix}/confusion_matrix{suffix}": chart})
 
@@ -268,9 +268,9 @@ class ImagePredictionLogger(pl.Callback):
 
     def render(self, trainer, loader, dataloader_idx, row: np.void, names: list[str]):
         """Loads a sample again, as the step received it, hooks included. Returns W&B media."""
-        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # absent on TPUs
+        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # TPUs lack it
         batch = collate([loader.dataset[int(row["index"])]])
-        # `batch_to_device` calls all hooks but this one, which by default does nothing.
+        # `batch_to_device` omits on_before_batch_transfer, which does nothing unless overridden.
         for owner in filter(None, [trainer.datamodule, trainer.lightning_module]):
             batch = owner.on_before_batch_transfer(batch, dataloader_idx)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
@@ -285,9 +285,9 @@ class ImagePredictionLogger(pl.Callback):
         return (self.to_media or wandb.Image)(image, caption=caption)
 
     def make_visible(self, image: Tensor) -> Tensor:
-        """Converts an image to uint8, 0 to 255. wandb.Image (0.31) would cast floats unscaled."""
+        """Converts an image to uint8, 0 to 255: W&B 0.31 would cast floats without scaling them."""
         if image.ndim < 3 or image.dtype == torch.uint8:
-            return image  # it isn't an image, or is uint8 already
+            return image  # not (channels, height, width), or already uint8
         image = image.float().nan_to_num()
         if self.mean is not None and self.std is not None:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
@@ -317,7 +317,7 @@ class StopAtSigterm(pl.Callback):
         with suppress(ValueError):  # only the main thread can set a handler
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
-    on_sanity_check_start = on_test_start = on_train_start  # by then, Lightning has set its own
+    on_sanity_check_start = on_test_start = on_train_start  # Lightning sets its own before these
 
 
 def make_parser() -> ArgumentParser:
@@ -358,7 +358,7 @@ def make_trainer(args: Namespace) -> pl.Trainer:
         args.devices = args.gpus or "auto"
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds to upload the rest at the end
     mode = None if args.fast_dev_run else choose_wandb_mode()
-    logger = pl.loggers.WandbLogger(project=args.project, save_dir=None, mode=mode)  # W&B's folder
+    logger = pl.loggers.WandbLogger(project=args.project, save_dir=None, mode=mode)  # in WANDB_DIR
     return pl.Trainer(
         accelerator=args.accelerator,
         devices=args.devices,
@@ -372,11 +372,11 @@ def make_trainer(args: Namespace) -> pl.Trainer:
         callbacks=[
             ImagePredictionLogger(args.num_samples, CLASS_NAMES.get(args.dataset), [MEAN], [STD]),
             StopAtSigterm(),
-            pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # stops at NaN or inf only
+            pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # stops only at NaN or inf
             pl.callbacks.LearningRateMonitor(),
             pl.callbacks.TQDMProgressBar(refresh_rate=20),
             pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # becomes trainer.checkpoint_callback
-            # The newest checkpoint, after each epoch; save_last=True would skip some epochs.
+            # The newest checkpoint. save_last=True would save only when val/loss improves.
             pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),
         ],
     )
@@ -402,8 +402,8 @@ def main(argv: list[str] | None = None) -> None:
         # With weights_only=True, no checkpoint can execute code.
         trainer.fit(DigitClassifier(args.lr), data, ckpt_path=args.ckpt_path, weights_only=True)
         if not math.isfinite(trainer.callback_metrics.get("val/loss", 0)):
-            if not trainer.is_global_zero:
-                return  # only rank 0 raises: if another rank failed, Lightning would kill it
+            if trainer.global_rank > 0:
+                return  # if this rank raised, Lightning would kill rank 0 before wandb.finish
             raise FloatingPointError("the loss is not finite: try a lower --lr")
         best_path = trainer.checkpoint_callback.best_model_path or None  # None in a fast_dev_run
         trainer.test(trainer.lightning_module, data, ckpt_path=best_path, weights_only=True)
