@@ -142,8 +142,7 @@ def test_a_validation_is_one_row_and_a_healthy_one_raises_no_alarm(healthy, star
     recalls = [second[f"val/recall/{name}"] for name in "0123456789"]
     assert healthy.last("val/lowest_recall") == pytest.approx(min(recalls))
     indices = [re.findall(r"#\d+", str(row["val/examples.captions"])) for row in (first, second)]
-    assert indices[0] == indices[1] and len(set(indices[0])) == 100
-    assert sorted(indices[0]) != indices[0]  # mixed, but always the same
+    assert indices[0] == indices[1] != sorted(indices[0]) and len(set(indices[0])) == 100
     assert all(healthy.rows(key) for key in ("train/loss", "train/accuracy", "lr-AdamW"))
     assert healthy.last("test/accuracy") > 0.95 and healthy.exit_codes == [0]
     assert {"lr": 0.01, "max_epochs": 2, "dataset": "digits"}.items() <= healthy.config.items()
@@ -157,6 +156,7 @@ def test_a_validation_is_one_row_and_a_healthy_one_raises_no_alarm(healthy, star
 def test_panels_show_what_the_best_checkpoint_says_and_it_is_an_artifact(healthy):
     best = healthy.checkpoint("epoch*")
     model = DigitClassifier.load_from_checkpoint(best, weights_only=True).eval()
+    assert all(weight.is_contiguous() for weight in model.parameters())  # FSDP scrambles others
     images, labels = digits_of("test")
     logits = model((images[:, None] / 255 - train.MEAN) / train.STD)
     confidences, predictions = (logits.softmax(1) * 100).max(1)
@@ -181,7 +181,7 @@ def test_without_mnist_digits_take_its_place_but_damage_is_an_error(monkeypatch,
     for _ in range(2):
         trainer.validate(DigitClassifier(), data, verbose=False)
     assert capsys.readouterr().out.count("MNIST can't be downloaded") == 1
-    assert Run().config["dataset"] == "digits"
+    assert Run().config["dataset"] == "digits" and Path("data/MNIST/raw").exists()  # it was tried
     with pytest.raises(RuntimeError, match="Error downloading"):
         main(["--accelerator", "cpu", "--dataset", "mnist"])
     for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
@@ -202,7 +202,7 @@ def broken_run(monkeypatch, spoil_data=lambda data: None, trained=None):
     monkeypatch.setattr(DigitsDataModule, "setup", setup_and_spoil)
     start = ["--max_epochs", "1", "--batch_size", "16"]
     if trained:
-        start = ["--max_epochs", "4", "--ckpt_path", trained.checkpoint()]
+        start = ["--max_epochs", "5", "--ckpt_path", trained.checkpoint()]
     main([*DIGITS, "--num_samples", "100", *start])
     return Run()
 
@@ -523,7 +523,7 @@ def test_a_run_that_is_stopped_or_diverges_is_not_called_finished(what, started)
 def test_a_resumed_run_does_all_epochs_and_does_not_raise_the_learning_rate(monkeypatch, healthy):
     run = broken_run(monkeypatch, trained=healthy)  # its epochs have fewer steps than were done
     assert max(row["lr-AdamW"] for row in run.rows("lr-AdamW")) == 0
-    assert torch.load(run.checkpoint(), weights_only=True)["epoch"] == 3
+    assert torch.load(run.checkpoint(), weights_only=True)["epoch"] == 4
     assert run.last("test/accuracy") > 0.95
 
 

@@ -51,7 +51,7 @@ class DigitsDataModule(pl.LightningDataModule):
         if self.hparams.dataset in DATASETS:
             DATASETS[self.hparams.dataset](self.hparams.data_dir, download=True)
         elif self.hparams.dataset is None:
-            with suppress(RuntimeError, OSError):  # if this fails, `setup` takes other digits
+            with suppress(RuntimeError, OSError):  # if this fails, `setup` uses other digits
                 MNIST(self.hparams.data_dir, download=True)
 
     def setup(self, stage: str) -> None:
@@ -62,7 +62,7 @@ class DigitsDataModule(pl.LightningDataModule):
             name = self.trainer.strategy.broadcast("mnist" if os.path.exists(file) else "digits")
             if name == "digits":
                 self.trainer.print("MNIST can't be downloaded; using scikit-learn's digits.")
-            self.save_hyperparameters({"dataset": name})  # merged; Lightning logs it to W&B
+            self.save_hyperparameters({"dataset": name})  # joins the others, logged to W&B
         data = load_dataset(name, self.hparams.data_dir, train=True)
         generator = torch.Generator().manual_seed(0)
         if name == "digits":
@@ -86,7 +86,7 @@ class DigitsDataModule(pl.LightningDataModule):
         if self.trainer.training:
             images = RandomCrop(28, padding=1)(images)  # one shift for the whole batch
         images = (images / 255 - MEAN) / STD
-        # Lightning converts floats, e.g. to half, before this hook, when images are still uint8.
+        # Lightning has converted floats, e.g. to half, but until here, the images were uint8.
         return [self.trainer.precision_plugin.convert_input(images), labels]
 
 
@@ -124,9 +124,9 @@ class DigitClassifier(pl.LightningModule):
         loss = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         metrics = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
-        # Lightning sends only every tenth training step to W&B. Logging the others costs 2 ms each.
+        # Lightning sends every tenth training step to W&B. Logging the others wastes 2 ms each.
         if stage != "train" or (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            self.log_dict(metrics, prog_bar=True, sync_dist=True)  # the mean of all devices
+            self.log_dict(metrics, prog_bar=True, sync_dist=True)  # the mean over all devices
         return {"loss": loss, "logits": logits}
 
     def configure_optimizers(self) -> dict:
@@ -148,8 +148,8 @@ class ImagePredictionLogger(pl.Callback):
 
     Batches must begin with inputs (N, ...) and integer labels (N,); negative labels are ignored.
     Steps should return logits or {"logits": logits}, as float (N, classes) or, for two classes,
-    (N, 1); otherwise, `module(inputs)` is called. Loaders must not shuffle, because images are
-    loaded again by index. Raises ValueError if it notices that a rule is broken.
+    (N, 1). If they return anything else, `module(inputs)` is called. Loaders must not shuffle,
+    because images are loaded again by index. Raises ValueError if it notices a broken rule.
     """
 
     num_samples: int = 32  # images per panel; W&B shows up to 108
@@ -160,7 +160,7 @@ class ImagePredictionLogger(pl.Callback):
     to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
 
     def on_validation_epoch_start(self, trainer, module):
-        self.judged = {}  # {dataloader_idx: [what `judge` returns for each batch]}
+        self.judged = {}  # {dataloader_idx: [a (5, N) tensor for each batch: see `judge`]}
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
         try:
@@ -205,16 +205,16 @@ class ImagePredictionLogger(pl.Callback):
         log_probabilities = logits.log_softmax(dim=1)
         highest, predictions = log_probabilities.max(dim=1)
         losses = F.nll_loss(log_probabilities, labels, ignore_index=-1, reduction="none")
-        sums_to_one = (logits.sum(dim=1) - 1).abs() < 0.01  # all True means probabilities
+        sums_to_one = (logits.sum(dim=1) - 1).abs() < 0.01  # all True: these are probabilities
         return torch.stack([labels, predictions, highest.exp(), losses, sums_to_one])  # to float32
 
     def make_rows(self, loader, batches: list[Tensor]) -> np.ndarray:
-        """Returns a row for each sample of this process. Its index is -1 if it can't be known."""
+        """Returns a row for each sample of this process. The index is -1 if unknown."""
         columns = torch.cat(batches, dim=1).cpu().numpy() if batches else np.empty((5, 0))
         indices = [-1] * columns.shape[1]
         batch_sampler = getattr(loader, "batch_sampler", None)
         if batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            # Batches carry no indices, but the sampler repeats them, unless it shuffles.
+            # Batches carry no indices. Run again, the sampler yields them, unless it shuffles.
             replayed = list(chain.from_iterable(islice(batch_sampler, len(batches))))
             if len(replayed) == len(indices):
                 indices = replayed
@@ -224,7 +224,7 @@ class ImagePredictionLogger(pl.Callback):
     def gather_rows(self, trainer, rows: np.ndarray) -> np.ndarray:
         """Returns the rows of all processes, one for each labelled sample."""
         # Each rank broadcasts its rows, because Lightning's all_gather needs equal sizes.
-        parts = [trainer.strategy.broadcast(rows, rank) for rank in range(trainer.world_size)]
+        parts = [trainer.strategy.broadcast(rows, src=rank) for rank in range(trainer.world_size)]
         rows = np.concatenate(parts)
         if (rows["index"] >= 0).all():  # a DistributedSampler repeats some samples
             _, first_of_each = np.unique(rows["index"], return_index=True)
@@ -244,7 +244,7 @@ class ImagePredictionLogger(pl.Callback):
             return
         panels = {f"{prefix}/recall/{name}{suffix}": recall for name, recall in recalls.items()}
         if rows["index"].min() < 0:
-            rank_zero_warn("ImagePredictionLogger shows no images: it can't know their indices.")
+            rank_zero_warn("ImagePredictionLogger shows no images: their indices are unknown.")
         else:
             losses = np.nan_to_num(rows["loss"], nan=np.inf)  # NaN counts as the highest
             hardest = np.argsort(-losses, kind="stable")
@@ -268,14 +268,14 @@ class ImagePredictionLogger(pl.Callback):
 
     def render(self, trainer, loader, dataloader_idx, row: np.void, names: list[str]):
         """Loads a sample again, as the step received it, hooks included. Returns W&B media."""
-        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # TPUs lack it
+        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # none on TPUs
         batch = collate([loader.dataset[int(row["index"])]])
-        # `batch_to_device` omits on_before_batch_transfer, which does nothing unless overridden.
+        # `batch_to_device` skips this hook. It can be called on both: by default, it does nothing.
         for owner in filter(None, [trainer.datamodule, trainer.lightning_module]):
             batch = owner.on_before_batch_transfer(batch, dataloader_idx)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
         inputs, labels = self.split_batch(batch)
-        if labels.item() != row["label"]:  # so the order has changed
+        if labels.item() != row["label"]:  # the order must have changed
             raise ValueError("ImagePredictionLogger needs loaders that don't shuffle")
         image = self.make_visible(inputs[0].cpu())
         if self.to_media is None and (image.ndim != 3 or len(image) not in (1, 3)):
@@ -285,9 +285,9 @@ class ImagePredictionLogger(pl.Callback):
         return (self.to_media or wandb.Image)(image, caption=caption)
 
     def make_visible(self, image: Tensor) -> Tensor:
-        """Converts an image to uint8, 0 to 255: W&B 0.31 would cast floats without scaling them."""
+        """Converts an image to uint8, 0 to 255, because W&B 0.31 casts floats without scaling."""
         if image.ndim < 3 or image.dtype == torch.uint8:
-            return image  # not (channels, height, width), or already uint8
+            return image  # it has no channels, e.g. text, or is already uint8
         image = image.float().nan_to_num()
         if self.mean is not None and self.std is not None:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
@@ -305,7 +305,7 @@ class ImagePredictionLogger(pl.Callback):
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
         for run in runs:
             try:
-                run.log(panels, commit=False)  # committed with Lightning's metrics, logged next
+                run.log(panels, commit=False)  # Lightning logs its metrics next and commits
             except wandb.errors.CommError as error:  # no connection to W&B
                 rank_zero_warn(f"ImagePredictionLogger could not log a chart: {error}")
 
@@ -317,7 +317,7 @@ class StopAtSigterm(pl.Callback):
         with suppress(ValueError):  # only the main thread can set a handler
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
-    on_sanity_check_start = on_test_start = on_train_start  # Lightning sets its own before these
+    on_sanity_check_start = on_test_start = on_train_start  # Lightning sets its own before each
 
 
 def make_parser() -> ArgumentParser:
@@ -372,11 +372,11 @@ def make_trainer(args: Namespace) -> pl.Trainer:
         callbacks=[
             ImagePredictionLogger(args.num_samples, CLASS_NAMES.get(args.dataset), [MEAN], [STD]),
             StopAtSigterm(),
-            pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # stops only at NaN or inf
+            pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # stops only on NaN or inf
             pl.callbacks.LearningRateMonitor(),
             pl.callbacks.TQDMProgressBar(refresh_rate=20),
             pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # becomes trainer.checkpoint_callback
-            # The newest checkpoint. save_last=True would save only when val/loss improves.
+            # The newest. In Lightning 2.6, save_last=True would save only when val/loss improves.
             pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),
         ],
     )
@@ -394,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer = make_trainer(args)
         trainer.logger.log_hyperparams(vars(args))  # starts the run
     except Exception as error:  # the Trainer or W&B refuses a flag
-        parser.error(" ".join(str(error).split()))  # in one line
+        parser.error(" ".join(str(error).split()))  # on one line
     dataset = args.dataset or ("digits" if args.fast_dev_run else None)
     data = DigitsDataModule(dataset, args.data_dir, args.batch_size)
     status = 1
