@@ -332,7 +332,7 @@ def make_parser() -> ArgumentParser:
     add("--max_epochs", type=int, default=5, help="passes over the training set")
     add("--fast_dev_run", action="store_true", help="one batch of each stage; writes no files")
     add("--batch_size", type=int, default=128, help="samples per batch, on each device")
-    add("--lr", type=float, default=0.015, help="highest learning rate of the schedule")
+    add("--lr", type=float, default=0.015, help="learning rate at the start; it falls to zero")
     add("--seed", type=int, default=0, help="for initial weights, shuffling and random crops")
     add("--dataset", choices=[*DATASETS, "digits"], help="by default mnist, or digits if offline")
     add("--data_dir", default="data", help="folder of the data set, which is downloaded if missing")
