@@ -62,7 +62,7 @@ class DigitsDataModule(pl.LightningDataModule):
             name = self.trainer.strategy.broadcast("mnist" if os.path.exists(file) else "digits")
             if name == "digits":
                 self.trainer.print("MNIST can't be downloaded; using scikit-learn's digits.")
-            self.save_hyperparameters({"dataset": name})  # joins the others, logged to W&B
+            self.save_hyperparameters({"dataset": name})  # updates hparams, also in W&B
         data = load_dataset(name, self.hparams.data_dir, train=True)
         generator = torch.Generator().manual_seed(0)
         if name == "digits":
@@ -86,7 +86,7 @@ class DigitsDataModule(pl.LightningDataModule):
         if self.trainer.training:
             images = RandomCrop(28, padding=1)(images)  # one shift for the whole batch
         images = (images / 255 - MEAN) / STD
-        # Lightning has converted floats, e.g. to half, but until here, the images were uint8.
+        # Lightning converts floats, e.g. to half, before this hook. The images were uint8 then.
         return [self.trainer.precision_plugin.convert_input(images), labels]
 
 
@@ -205,7 +205,7 @@ class ImagePredictionLogger(pl.Callback):
         log_probabilities = logits.log_softmax(dim=1)
         highest, predictions = log_probabilities.max(dim=1)
         losses = F.nll_loss(log_probabilities, labels, ignore_index=-1, reduction="none")
-        sums_to_one = (logits.sum(dim=1) - 1).abs() < 0.01  # all True: these are probabilities
+        sums_to_one = (logits.sum(dim=1) - 1).abs() < 0.01  # if all are True, these aren't logits
         return torch.stack([labels, predictions, highest.exp(), losses, sums_to_one])  # to float32
 
     def make_rows(self, loader, batches: list[Tensor]) -> np.ndarray:
@@ -214,7 +214,7 @@ class ImagePredictionLogger(pl.Callback):
         indices = [-1] * columns.shape[1]
         batch_sampler = getattr(loader, "batch_sampler", None)
         if batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            # Batches carry no indices. Run again, the sampler yields them, unless it shuffles.
+            # Batches carry no indices, but the sampler yields them again, unless it shuffles.
             replayed = list(chain.from_iterable(islice(batch_sampler, len(batches))))
             if len(replayed) == len(indices):
                 indices = replayed
@@ -268,9 +268,9 @@ class ImagePredictionLogger(pl.Callback):
 
     def render(self, trainer, loader, dataloader_idx, row: np.void, names: list[str]):
         """Loads a sample again, as the step received it, hooks included. Returns W&B media."""
-        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # none on TPUs
+        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # absent on TPUs
         batch = collate([loader.dataset[int(row["index"])]])
-        # `batch_to_device` skips this hook. It can be called on both: by default, it does nothing.
+        # `batch_to_device` leaves out this hook, which does nothing unless it is overridden.
         for owner in filter(None, [trainer.datamodule, trainer.lightning_module]):
             batch = owner.on_before_batch_transfer(batch, dataloader_idx)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
@@ -287,7 +287,7 @@ class ImagePredictionLogger(pl.Callback):
     def make_visible(self, image: Tensor) -> Tensor:
         """Converts an image to uint8, 0 to 255, because W&B 0.31 casts floats without scaling."""
         if image.ndim < 3 or image.dtype == torch.uint8:
-            return image  # it has no channels, e.g. text, or is already uint8
+            return image  # not (C, H, W), e.g. audio, or already uint8
         image = image.float().nan_to_num()
         if self.mean is not None and self.std is not None:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
@@ -317,7 +317,7 @@ class StopAtSigterm(pl.Callback):
         with suppress(ValueError):  # only the main thread can set a handler
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
-    on_sanity_check_start = on_test_start = on_train_start  # Lightning sets its own before each
+    on_sanity_check_start = on_test_start = on_train_start  # Lightning has set its handler by then
 
 
 def make_parser() -> ArgumentParser:
@@ -344,9 +344,9 @@ def make_parser() -> ArgumentParser:
 
 def choose_wandb_mode() -> str | None:
     """Returns "offline" without an account or a connection. None keeps W&B's own setting."""
-    if wandb.setup().settings.mode != "online":  # the user has chosen it, e.g. with WANDB_MODE
+    if wandb.setup().settings.mode != "online":  # the user has chosen another mode
         return None
-    with suppress(wandb.errors.AuthenticationError):  # the key is invalid, or there's no answer
+    with suppress(wandb.errors.AuthenticationError):  # invalid key, or W&B can't be reached
         if wandb.login(prompt=False):  # False if there is no key
             return None
     return "offline"
@@ -376,7 +376,7 @@ def make_trainer(args: Namespace) -> pl.Trainer:
             pl.callbacks.LearningRateMonitor(),
             pl.callbacks.TQDMProgressBar(refresh_rate=20),
             pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # becomes trainer.checkpoint_callback
-            # The newest. In Lightning 2.6, save_last=True would save only when val/loss improves.
+            # Saves every epoch. In Lightning 2.6, save_last=True does so only if val/loss improves.
             pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),
         ],
     )
@@ -403,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.fit(DigitClassifier(args.lr), data, ckpt_path=args.ckpt_path, weights_only=True)
         if not math.isfinite(trainer.callback_metrics.get("val/loss", 0)):
             if trainer.global_rank > 0:
-                return  # if this rank raised, Lightning would kill rank 0 before wandb.finish
+                return  # only rank 0 raises: if another did, Lightning would kill rank 0 too early
             raise FloatingPointError("the loss is not finite: try a lower --lr")
         best_path = trainer.checkpoint_callback.best_model_path or None  # None in a fast_dev_run
         trainer.test(trainer.lightning_module, data, ckpt_path=best_path, weights_only=True)
