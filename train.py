@@ -58,7 +58,7 @@ class DigitsDataModule(pl.LightningDataModule):
         """Splits the data in the same way every time."""
         name = self.hparams.dataset
         if name is None:
-            file = f"{self.hparams.data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"  # downloaded last
+            file = f"{self.hparams.data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"  # the last file
             name = self.trainer.strategy.broadcast("mnist" if os.path.exists(file) else "digits")
             if name == "digits":
                 self.trainer.print("MNIST can't be downloaded; using scikit-learn's digits.")
@@ -86,7 +86,7 @@ class DigitsDataModule(pl.LightningDataModule):
         if self.trainer.training:
             images = RandomCrop(28, padding=1)(images)  # one shift for the whole batch
         images = (images / 255 - MEAN) / STD
-        # Lightning converts floats, e.g. to half, before this hook. The images were uint8 then.
+        # Lightning converts floats, e.g. to half, before this hook, but these were uint8 then.
         return [self.trainer.precision_plugin.convert_input(images), labels]
 
 
@@ -270,7 +270,7 @@ class ImagePredictionLogger(pl.Callback):
         """Loads a sample again, as the step received it, hooks included. Returns W&B media."""
         collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # absent on TPUs
         batch = collate([loader.dataset[int(row["index"])]])
-        # `batch_to_device` leaves out this hook, which does nothing unless it is overridden.
+        # `batch_to_device` doesn't call on_before_batch_transfer, which by default does nothing.
         for owner in filter(None, [trainer.datamodule, trainer.lightning_module]):
             batch = owner.on_before_batch_transfer(batch, dataloader_idx)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
@@ -376,7 +376,7 @@ def make_trainer(args: Namespace) -> pl.Trainer:
             pl.callbacks.LearningRateMonitor(),
             pl.callbacks.TQDMProgressBar(refresh_rate=20),
             pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # becomes trainer.checkpoint_callback
-            # Saves every epoch. In Lightning 2.6, save_last=True does so only if val/loss improves.
+            # Overwritten every epoch. In Lightning 2.6, save_last=True needs an improved val/loss.
             pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),
         ],
     )
@@ -403,7 +403,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.fit(DigitClassifier(args.lr), data, ckpt_path=args.ckpt_path, weights_only=True)
         if not math.isfinite(trainer.callback_metrics.get("val/loss", 0)):
             if trainer.global_rank > 0:
-                return  # only rank 0 raises: if another did, Lightning would kill rank 0 too early
+                return  # rank 0 raises for all: if another rank did first, Lightning would kill it
             raise FloatingPointError("the loss is not finite: try a lower --lr")
         best_path = trainer.checkpoint_callback.best_model_path or None  # None in a fast_dev_run
         trainer.test(trainer.lightning_module, data, ckpt_path=best_path, weights_only=True)
