@@ -127,7 +127,7 @@ def healthy(tmp_path_factory):
 
 
 def test_fast_dev_run_goes_through_the_callback_and_leaves_no_file(monkeypatch):
-    main(["--fast_dev_run"])
+    main(["--fast_dev_run", "--precision", "bf16-true"])
     assert list(Path().iterdir()) == []
     monkeypatch.setattr(wandb.plot, "confusion_matrix", None)
     with pytest.raises(TypeError):
@@ -143,7 +143,7 @@ def test_a_validation_is_one_row_and_a_healthy_one_raises_no_alarm(healthy, star
     assert healthy.last("val/lowest_recall") == pytest.approx(min(recalls))
     indices = [re.findall(r"#\d+", str(row["val/examples.captions"])) for row in (first, second)]
     assert indices[0] == indices[1] != sorted(indices[0]) and len(set(indices[0])) == 100
-    assert all(healthy.rows(key) for key in ("train/loss", "train/accuracy", "lr-AdamW"))
+    assert healthy.rows("lr-AdamW") and healthy.steps("train/accuracy") == [*range(9, 178, 10)]
     assert healthy.last("test/accuracy") > 0.95 and healthy.exit_codes == [0]
     assert {"lr": 0.01, "max_epochs": 2, "dataset": "digits"}.items() <= healthy.config.items()
     images, _ = digits_of("val")
