@@ -6,25 +6,41 @@ import os
 import signal
 import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, islice
+from operator import itemgetter
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 import wandb
-from pytorch_lightning.utilities import CombinedLoader, rank_zero_warn
+from filelock import FileLock
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, random_split
+from torch.utils.data import DataLoader, TensorDataset, random_split
+from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data.sampler import BatchSampler, SequentialSampler
 from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 from torchvision.transforms import RandomCrop
 
 DATASETS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}
 CLASS_NAMES = {"fashion-mnist": FashionMNIST.classes, "kmnist": KMNIST.classes}
 MEAN, STD = 0.1307, 0.3081  # mean and std of MNIST's pixels, scaled to [0, 1]
+
+
+def choose_dataset(data_dir: str) -> str:
+    """Returns "mnist" if it is in `data_dir` or can be downloaded, else "digits"."""
+    # Of several processes, one downloads, and the others wait for the lock.
+    with suppress(RuntimeError, OSError), FileLock(f"{data_dir}/mnist.lock"):
+        MNIST(data_dir, download=True)
+    if os.path.exists(f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"):
+        return "mnist"
+    rank_zero_info("MNIST can't be downloaded; using scikit-learn's digits.")
+    return "digits"
 
 
 def load_dataset(name: str, data_dir: str, train: bool) -> TensorDataset:
@@ -40,9 +56,9 @@ def load_dataset(name: str, data_dir: str, train: bool) -> TensorDataset:
 
 
 class DigitsDataModule(pl.LightningDataModule):
-    """Batches of normalised images, float (N, 1, 28, 28), and labels, int64 (N,)."""
+    """Batches of normalised images, float32 (N, 1, 28, 28), and labels, int64 (N,)."""
 
-    def __init__(self, dataset: str | None, data_dir: str, batch_size: int) -> None:
+    def __init__(self, dataset: str, data_dir: str, batch_size: int) -> None:
         super().__init__()
         self.save_hyperparameters()
 
@@ -50,26 +66,17 @@ class DigitsDataModule(pl.LightningDataModule):
         """Downloads the data set. Lightning calls this in one process on each machine."""
         if self.hparams.dataset in DATASETS:
             DATASETS[self.hparams.dataset](self.hparams.data_dir, download=True)
-        elif self.hparams.dataset is None:
-            with suppress(RuntimeError, OSError):  # if this fails, `setup` uses other digits
-                MNIST(self.hparams.data_dir, download=True)
 
     def setup(self, stage: str) -> None:
         """Splits the data in the same way every time."""
-        name = self.hparams.dataset
-        if name is None:
-            file = f"{self.hparams.data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"  # the last file
-            name = self.trainer.strategy.broadcast("mnist" if os.path.exists(file) else "digits")
-            if name == "digits":
-                self.trainer.print("MNIST can't be downloaded; using scikit-learn's digits.")
-            self.save_hyperparameters({"dataset": name})  # updates hparams, also in W&B
-        data = load_dataset(name, self.hparams.data_dir, train=True)
+        name, data_dir = self.hparams.dataset, self.hparams.data_dir
+        data = load_dataset(name, data_dir, train=True)
         generator = torch.Generator().manual_seed(0)
         if name == "digits":
             self.train, self.val, self.test = random_split(data, [1413, 128, 256], generator)
         else:
             self.train, self.val = random_split(data, [55_000, 5_000], generator)
-            self.test = load_dataset(name, self.hparams.data_dir, train=False)
+            self.test = load_dataset(name, data_dir, train=False)
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.train, self.hparams.batch_size, shuffle=True)
@@ -85,9 +92,7 @@ class DigitsDataModule(pl.LightningDataModule):
         images, labels = batch
         if self.trainer.training:
             images = RandomCrop(28, padding=1)(images)  # one shift for the whole batch
-        images = (images / 255 - MEAN) / STD
-        # Lightning converts floats, e.g. to half, before this hook, but these were uint8 then.
-        return [self.trainer.precision_plugin.convert_input(images), labels]
+        return [(images / 255 - MEAN) / STD, labels]
 
 
 class DigitClassifier(pl.LightningModule):
@@ -105,54 +110,54 @@ class DigitClassifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Takes normalised images, float (N, 1, 28, 28). Returns logits, float (N, 10)."""
-        images = images.to(memory_format=torch.channels_last)  # twice as fast on a CPU
-        return self.network(images)
+        # channels_last is twice as fast on a CPU; the dtype can be half, by --precision.
+        return self.network(images.to(self.dtype, memory_format=torch.channels_last))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.compute_and_log("train", batch)["loss"]
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train/loss", loss)
+        return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.compute_and_log("val", batch)["logits"]  # for ImagePredictionLogger
-
-    def test_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.compute_and_log("test", batch)["logits"]
-
-    def compute_and_log(self, stage: str, batch: list[Tensor]) -> dict[str, Tensor]:
-        """Returns the loss and the logits, and logs the loss and the accuracy."""
+        """Logs the loss and the accuracy. Returns the logits, for ImagePredictionLogger."""
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
+        stage = "test" if self.trainer.testing else "val"
         metrics = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
-        # Lightning sends every tenth training step to W&B. Logging the others wastes 2 ms each.
-        if stage != "train" or (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            self.log_dict(metrics, prog_bar=True, sync_dist=True)  # the mean over all devices
-        return {"loss": loss, "logits": logits}
+        self.log_dict(metrics, prog_bar=True, sync_dist=True)  # means over batches and devices
+        return logits
+
+    test_step = validation_step
 
     def configure_optimizers(self) -> dict:
         """AdamW, with a learning rate that falls linearly to zero."""
         lr = self.hparams.lr
         optimizer = torch.optim.AdamW(self.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.05)
         num_steps = self.trainer.estimated_stepping_batches
-        # After a run is resumed with larger batches, t can exceed num_steps.
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: max(1 - t / num_steps, 0))
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-@dataclass(eq=False)  # eq=True would make it unhashable, and Lightning hashes callbacks
+@dataclass(eq=False)  # Lightning hashes callbacks, and eq=True would make this one unhashable
 class ImagePredictionLogger(pl.Callback):
     """Shows in Weights & Biases what a classifier gets wrong, after each validation or test epoch.
 
-    It logs the images with the highest loss ("hardest"), a fixed random selection ("examples"), the
-    recall of each class, the lowest recall and, for up to 100 classes, a confusion matrix.
+    It logs the images with the highest loss ("hardest"), a random selection ("examples"), the
+    lowest recall of a class and, for up to 100 classes, each recall and a confusion matrix.
+
+        predictions = ImagePredictionLogger(num_samples=16, class_names=["cat", "dog"])
+        trainer = pl.Trainer(logger=WandbLogger(), callbacks=[predictions])
+        trainer.fit(model, train_loader, val_loader)
 
     Batches must begin with inputs (N, ...) and integer labels (N,); negative labels are ignored.
-    Steps should return logits or {"logits": logits}, as float (N, classes) or, for two classes,
-    (N, 1). If they return anything else, `module(inputs)` is called. Loaders must not shuffle,
-    because images are loaded again by index. Raises ValueError if it notices a broken rule.
+    Steps should return logits, float (N, classes) or, for two classes, (N, 1), or {"logits":
+    logits}; otherwise `module(inputs)` is called. Raises ValueError if shapes or types don't fit.
     """
 
-    num_samples: int = 32  # images per panel; W&B shows up to 108
+    num_samples: int = 32  # images of each kind; W&B shows up to 108
     class_names: Sequence[str] | None = None  # one per class; by default, classes are numbered
     mean: Sequence[float] | None = None  # of each channel, as given to Normalize
     std: Sequence[float] | None = None  # if mean and std are given, Normalize is undone
@@ -160,170 +165,181 @@ class ImagePredictionLogger(pl.Callback):
     to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
 
     def on_validation_epoch_start(self, trainer, module):
-        self.judged = {}  # {dataloader_idx: [a (5, N) tensor for each batch: see `judge`]}
+        self.results = {}  # by dataloader_idx: see `record`
+        self.has_logits = False  # True as soon as an output can't be a probability
+        self.generator = torch.Generator().manual_seed(trainer.global_rank)  # picks the examples
 
-    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
-        try:
-            inputs, labels = self.split_batch(batch)
-            logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
-            is_float = isinstance(logits, Tensor) and logits.is_floating_point()
-            has_logits = is_float and logits.ndim == 2 and len(logits) == len(labels)
-            if not has_logits:  # the step returned something else, e.g. a loss or None
-                with trainer.precision_plugin.val_step_context():  # e.g. autocast, as in the step
-                    logits = module(inputs)
-            self.judged.setdefault(dataloader_idx, []).append(self.judge(logits.float(), labels))
-        except Exception as error:
-            needs = "labels (N,) from batch or unpack, logits (N, classes) or (N, 1) from the step"
-            raise ValueError(f"ImagePredictionLogger needs {needs}, but: {error!r}") from error
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, loader_idx=None):
+        inputs, labels, logits = self.read_batch(trainer, module, outputs, batch)
+        indices = self.find_indices(trainer, loader_idx, batch_idx, labels)
+        self.record(loader_idx or 0, inputs, labels, logits, indices)
 
     def on_validation_epoch_end(self, trainer, module):
-        loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        loaders = CombinedLoader(loaders).flattened  # one loader, a list or a dict becomes a list
-        for dataloader_idx, loader in enumerate(loaders):
-            rows = self.make_rows(loader, self.judged.pop(dataloader_idx, []))
-            rows = self.gather_rows(trainer, rows)
-            if len(rows) > 0:
-                self.log_panels(trainer, module, loader, dataloader_idx, rows)
+        if self.results and not self.has_logits and not trainer.sanity_checking:
+            rank_zero_warn("ImagePredictionLogger needs logits; these look like probabilities.")
+        # Each process broadcasts its results, because all_gather needs tensors of one size.
+        ranks = range(trainer.world_size)
+        parts = [trainer.strategy.broadcast(self.results, src=rank) for rank in ranks]
+        for loader_idx in sorted(set().union(*parts)):
+            parts_of_loader = [part[loader_idx] for part in parts if loader_idx in part]
+            self.log_results(trainer, module, loader_idx, parts_of_loader)
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
-    def split_batch(self, batch) -> tuple:
-        """Returns inputs (N, ...) and labels, int64 (N,). Every negative label becomes -1."""
+    def read_batch(self, trainer, module, outputs, batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns inputs (N, ...) and, on the CPU, labels, int64 (N,), and logits (N, classes)."""
+        if self.unpack is None and not isinstance(batch, Sequence):
+            raise ValueError(f"ImagePredictionLogger needs unpack for a {type(batch).__name__}")
         inputs, labels = self.unpack(batch) if self.unpack else batch[:2]
-        if labels.is_floating_point() and (labels != labels.round()).any():
-            raise ValueError("labels must be integers")
-        return inputs, labels.reshape(len(labels)).long().clamp(min=-1)  # (N, 1) becomes (N,)
-
-    def judge(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns label, prediction, confidence, loss and sums_to_one of each sample, (5, N)."""
+        labels = labels.detach().cpu()
+        if (labels != labels.long()).any():
+            raise ValueError("ImagePredictionLogger needs integer labels")
+        labels = labels.squeeze(1) if labels.ndim == 2 else labels  # (N, 1) becomes (N,)
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
+        if getattr(logits, "shape", ())[:-1] != labels.shape or not logits.is_floating_point():
+            with trainer.precision_plugin.val_step_context():  # such as autocast, as in the step
+                logits = module(inputs)  # because the step returned a loss, for example
+        if getattr(logits, "shape", ())[:-1] != labels.shape:
+            needs = "labels (N,) and logits (N, classes) or (N, 1)"
+            got = f"{tuple(labels.shape)} and {getattr(logits, 'shape', logits)}"
+            raise ValueError(f"ImagePredictionLogger needs {needs}, but got {got}")
+        logits = logits.detach().cpu().float()
+        self.has_logits |= bool((logits < 0).any() or (logits > 1).any())
         if logits.shape[1] == 1:
             logits = F.pad(logits, (1, 0))  # to [0, x], since softmax([0, x])[1] is sigmoid(x)
-        if self.class_names is not None and len(self.class_names) != logits.shape[1]:
-            raise ValueError(f"{len(self.class_names)} class_names for {logits.shape[1]} classes")
-        log_probabilities = logits.log_softmax(dim=1)
-        highest, predictions = log_probabilities.max(dim=1)
-        losses = F.nll_loss(log_probabilities, labels, ignore_index=-1, reduction="none")
-        sums_to_one = (logits.sum(dim=1) - 1).abs() < 0.01  # if all are True, these aren't logits
-        return torch.stack([labels, predictions, highest.exp(), losses, sums_to_one])  # to float32
+        return inputs, labels.long(), logits
 
-    def make_rows(self, loader, batches: list[Tensor]) -> np.ndarray:
-        """Returns a row for each sample of this process. The index is -1 if unknown."""
-        columns = torch.cat(batches, dim=1).cpu().numpy() if batches else np.empty((5, 0))
-        indices = [-1] * columns.shape[1]
+    def find_indices(self, trainer, loader_idx, batch_idx, labels: Tensor) -> list[int] | None:
+        """Returns each sample's index in the data set, or None where that isn't certain."""
+        loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        loaders = CombinedLoader(loaders).flattened  # one loader, a list or a dict becomes a list
+        loader = loaders[loader_idx or 0]
         batch_sampler = getattr(loader, "batch_sampler", None)
-        if batch_sampler is not None and not isinstance(loader.dataset, IterableDataset):
-            # Batches carry no indices, but the sampler yields them again, unless it shuffles.
-            replayed = list(chain.from_iterable(islice(batch_sampler, len(batches))))
-            if len(replayed) == len(indices):
-                indices = replayed
-        names = "index, label, prediction, confidence, loss, sums_to_one"
-        return np.rec.fromarrays([indices, *columns], names=names, formats="i8, i4, i4, f4, f4, ?")
+        sampler = getattr(batch_sampler, "sampler", None)
+        is_combined = loader_idx is None and len(loaders) > 1  # batches from several loaders
+        is_stock = type(batch_sampler) is BatchSampler and getattr(loader, "in_order", True)
+        is_ordered = type(sampler) in (SequentialSampler, DistributedSampler)
+        if is_combined or not is_stock or not is_ordered or getattr(sampler, "shuffle", False):
+            return None
+        start = batch_idx * batch_sampler.batch_size
+        positions = range(len(sampler))[start : start + batch_sampler.batch_size]
+        if len(positions) != len(labels):  # collate_fn or unpack changed the number of samples
+            return None
+        indices = torch.tensor(positions)
+        if type(sampler) is DistributedSampler:  # process r of n gets samples r, r + n, r + 2n, ...
+            indices = sampler.rank + sampler.num_replicas * indices
+            labels[indices >= len(sampler.dataset)] = -1  # it repeats samples, which mustn't count
+        return indices.tolist()
 
-    def gather_rows(self, trainer, rows: np.ndarray) -> np.ndarray:
-        """Returns the rows of all processes, one for each labelled sample."""
-        # Each rank broadcasts its rows, because Lightning's all_gather needs equal sizes.
-        parts = [trainer.strategy.broadcast(rows, src=rank) for rank in range(trainer.world_size)]
-        rows = np.concatenate(parts)
-        if (rows["index"] >= 0).all():  # a DistributedSampler repeats some samples
-            _, first_of_each = np.unique(rows["index"], return_index=True)
-            rows = rows[first_of_each]
-        return rows[rows["label"] >= 0]
+    def record(self, loader_idx: int, inputs, labels, logits, indices) -> None:
+        """Counts the samples of a batch, and keeps some as (priority, image, caption)."""
+        names = self.name_classes(logits.shape[1])
+        empty = {"names": names, "counts": Counter(), "hardest": [], "examples": []}
+        results = self.results.setdefault(loader_idx, empty)
+        log_probabilities = logits.log_softmax(dim=1)
+        confidences, predictions = log_probabilities.exp().max(dim=1)
+        losses = F.nll_loss(log_probabilities, labels.clamp(min=0), reduction="none")
+        losses = losses.masked_fill(losses.isnan(), torch.inf)
+        random_numbers = torch.rand(len(labels), generator=self.generator)
+        has_label = labels >= 0
+        pairs = zip(labels[has_label].tolist(), predictions[has_label].tolist(), strict=True)
+        results["counts"].update(pairs)
+        for panel, priorities in {"hardest": losses, "examples": random_numbers}.items():
+            kept = results[panel]
+            lowest = kept[-1][0] if len(kept) == self.num_samples else -math.inf
+            for i in (has_label & (priorities > lowest)).nonzero().flatten().tolist():
+                caption = f"Pred: {names[predictions[i]]} ({confidences[i]:.0%}), "
+                caption += f"Label: {names[labels[i]]}" + (f" (#{indices[i]})" if indices else "")
+                kept.append((priorities[i].item(), self.make_visible(inputs[i]), caption))
+            results[panel] = self.highest(kept)
 
-    def log_panels(self, trainer, module, loader, dataloader_idx, rows: np.ndarray) -> None:
-        if rows["sums_to_one"].all():
-            raise ValueError("ImagePredictionLogger needs logits, not probabilities")
-        labels, predictions, names = rows["label"], rows["prediction"], self.name_classes(rows)
-        recalls = {names[c]: np.mean(predictions[labels == c] == c) for c in np.unique(labels)}
-        prefix = "test" if trainer.testing else "val"
-        suffix = f"/dataloader_idx_{dataloader_idx}" if dataloader_idx > 0 else ""
-        lowest = f"{prefix}/lowest_recall{suffix}"  # logged on all ranks, for callbacks to monitor
-        module.log(lowest, min(recalls.values()), sync_dist=True, add_dataloader_idx=False)
-        if not trainer.is_global_zero:
+    def highest(self, samples: list[tuple]) -> list[tuple]:
+        return sorted(samples, key=itemgetter(0), reverse=True)[: self.num_samples]
+
+    def log_results(self, trainer, module, loader_idx: int, parts: list[dict]) -> None:
+        """Logs the results of a loader, of which each process has a part."""
+        counts = sum((part["counts"] for part in parts), Counter())
+        if not counts:  # no sample has a label
             return
-        panels = {f"{prefix}/recall/{name}{suffix}": recall for name, recall in recalls.items()}
-        if rows["index"].min() < 0:
-            rank_zero_warn("ImagePredictionLogger shows no images: their indices are unknown.")
-        else:
-            losses = np.nan_to_num(rows["loss"], nan=np.inf)  # NaN counts as the highest
-            hardest = np.argsort(-losses, kind="stable")
-            examples = np.random.default_rng(0).permutation(len(rows))  # the same in each epoch
-            for panel, order in {"hardest": hardest, "examples": examples}.items():
-                chosen = rows[order[: self.num_samples]]
-                media = [self.render(trainer, loader, dataloader_idx, row, names) for row in chosen]
-                panels[f"{prefix}/{panel}{suffix}"] = media
-        self.log_to_wandb(trainer, panels)
-        if len(names) <= 100:  # logged separately: a chart fails if the connection is lost
-            chart = wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=names)
-            self.log_to_wandb(trainer, {f"{prefix}/confusion_matrix{suffix}": chart})
+        labels, predictions = zip(*counts.elements(), strict=True)
+        totals, names = Counter(labels), parts[0]["names"]
+        recalls = {names[c]: counts[c, c] / totals[c] for c in sorted(totals)}
+        stage = "test" if trainer.testing else "val"
+        suffix = f"/dataloader_idx_{loader_idx}" if loader_idx > 0 else ""
+        lowest = f"{stage}/lowest_recall{suffix}"
+        # Lightning logs this with its own metrics, and so completes the row that is begun below.
+        module.log(lowest, min(recalls.values()), sync_dist=True, add_dataloader_idx=False)
+        runs = [logger.experiment for logger in trainer.loggers]
+        runs = [run for run in runs if isinstance(run, wandb.Run)]
+        if not runs and not trainer.fast_dev_run:
+            rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
+        for run in runs or [None]:  # without a run, only to see that nothing fails
+            row, chart, show = {}, {}, self.to_media or wandb.Image
+            for panel in ("hardest", "examples"):
+                samples = self.highest([sample for part in parts for sample in part[panel]])
+                media = [show(image, caption=caption) for _, image, caption in samples]
+                row[f"{stage}/{panel}{suffix}"] = media
+            if len(names) <= 100:
+                row |= {f"{stage}/recall/{name}{suffix}": recalls[name] for name in recalls}
+                matrix = wandb.plot.confusion_matrix(None, labels, predictions, names)
+                chart = {f"{stage}/confusion_matrix{suffix}": matrix}
+            if run is not None and not trainer.sanity_checking:
+                run.log(row, commit=False)
+                with suppress(wandb.errors.CommError):  # the connection to W&B is lost
+                    run.log(chart, commit=False)
 
-    def name_classes(self, rows: np.ndarray) -> list[str]:
+    def name_classes(self, num_classes: int) -> list[str]:
         """Returns unique class names, or numbers if `class_names` is None."""
-        if self.class_names is None:
-            return [str(i) for i in range(max(rows["label"].max(), rows["prediction"].max()) + 1)]
-        names = [str(name) for name in self.class_names]
-        are_unique = len(set(names)) == len(names)
-        return names if are_unique else [f"{name} ({i})" for i, name in enumerate(names)]
-
-    def render(self, trainer, loader, dataloader_idx, row: np.void, names: list[str]):
-        """Loads a sample again, as the step received it, hooks included. Returns W&B media."""
-        collate = getattr(loader, "collate_fn", torch.utils.data.default_collate)  # absent on TPUs
-        batch = collate([loader.dataset[int(row["index"])]])
-        # `batch_to_device` doesn't call on_before_batch_transfer, which by default does nothing.
-        for owner in filter(None, [trainer.datamodule, trainer.lightning_module]):
-            batch = owner.on_before_batch_transfer(batch, dataloader_idx)
-        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
-        inputs, labels = self.split_batch(batch)
-        if labels.item() != row["label"]:  # the order must have changed
-            raise ValueError("ImagePredictionLogger needs loaders that don't shuffle")
-        image = self.make_visible(inputs[0].cpu())
-        if self.to_media is None and (image.ndim != 3 or len(image) not in (1, 3)):
-            raise ValueError(f"ImagePredictionLogger needs to_media for {tuple(image.shape)}")
-        prediction, label = names[row["prediction"]], names[row["label"]]
-        caption = f"Pred: {prediction} ({row['confidence']:.0%}), Label: {label} (#{row['index']})"
-        return (self.to_media or wandb.Image)(image, caption=caption)
+        names = range(num_classes) if self.class_names is None else self.class_names
+        if len(names) != num_classes:
+            raise ValueError(f"ImagePredictionLogger: {len(names)} class_names for {num_classes}")
+        are_unique = len(set(names)) == num_classes
+        return [str(name) if are_unique else f"{name} ({i})" for i, name in enumerate(names)]
 
     def make_visible(self, image: Tensor) -> Tensor:
-        """Converts an image to uint8, 0 to 255, because W&B 0.31 casts floats without scaling."""
+        """Returns a copy, as uint8 from 0 to 255, because W&B 0.31 casts floats without scaling."""
+        image = image.detach().to("cpu", copy=True)  # a view would keep the whole batch
+        if self.to_media is None and (image.ndim != 3 or len(image) not in (1, 3)):
+            raise ValueError(f"ImagePredictionLogger needs unpack or to_media for {image.shape}")
         if image.ndim < 3 or image.dtype == torch.uint8:
-            return image  # not (C, H, W), e.g. audio, or already uint8
+            return image  # not an image, e.g. audio, or already uint8
         image = image.float().nan_to_num()
         if self.mean is not None and self.std is not None:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-            image = image * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+            image = (image.movedim(0, -1) * std + mean).movedim(-1, 0)
+            image = image / (255 if mean.max() > 1 else 1)
         elif image.min() < 0 or image.max() > 1:
             rank_zero_warn("ImagePredictionLogger rescales images; are mean and std missing?")
             image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-9)
         return (image.clamp(0, 1) * 255).round().byte()
 
-    def log_to_wandb(self, trainer, panels: dict) -> None:
-        if trainer.sanity_checking or trainer.fast_dev_run:
-            return  # these runs only check that the panels can be built
-        runs = [log.experiment for log in trainer.loggers if isinstance(log.experiment, wandb.Run)]
-        if not runs:
-            rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
-        for run in runs:
-            try:
-                run.log(panels, commit=False)  # Lightning logs its metrics next and commits
-            except wandb.errors.CommError as error:  # no connection to W&B
-                rank_zero_warn(f"ImagePredictionLogger could not log a chart: {error}")
-
 
 class StopAtSigterm(pl.Callback):
-    """Ends a run on SIGTERM. Lightning 2.6's own handler can wait forever for other processes."""
+    """Ends a run on SIGTERM, with status 143."""
 
     def on_train_start(self, trainer, module):
-        with suppress(ValueError):  # only the main thread can set a handler
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        # Lightning's handler, set shortly before, broadcasts to other processes. If the signal
+        # interrupts another broadcast, all of them wait for ever.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
-    on_sanity_check_start = on_test_start = on_train_start  # Lightning has set its handler by then
+    on_sanity_check_start = on_test_start = on_train_start
+
+
+def choose_wandb_mode() -> str:
+    """Returns "offline" if there is no account or no connection, else W&B's own setting."""
+    mode = wandb.setup().settings.mode
+    with suppress(wandb.errors.AuthenticationError):  # W&B refuses the key, or can't be reached
+        if mode != "online" or wandb.login(prompt=False):
+            return mode
+    return "offline"
 
 
 def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(usage=SUPPRESS, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--gpus", type=int, help="short for --accelerator gpu --devices GPUS; 0 means the CPU")
+    add("--gpus", type=int, default=SUPPRESS, help="short for --accelerator gpu --devices GPUS")
     add("--accelerator", default="auto", help="cpu, gpu, tpu, mps or auto")
     add("--devices", default="auto", help="a number, a list such as 0,1, or -1 for all")
     add("--strategy", default="auto", help="ddp, fsdp, ...")
@@ -334,50 +350,35 @@ def make_parser() -> ArgumentParser:
     add("--batch_size", type=int, default=128, help="samples per batch, on each device")
     add("--lr", type=float, default=0.015, help="learning rate at the start; it falls to zero")
     add("--seed", type=int, default=0, help="for initial weights, shuffling and random crops")
-    add("--dataset", choices=[*DATASETS, "digits"], help="by default mnist, or digits if offline")
+    add("--dataset", default="auto", choices=["auto", *DATASETS, "digits"], help="mnist or digits")
     add("--data_dir", default="data", help="folder of the data set, which is downloaded if missing")
-    add("--num_samples", type=int, default=32, help="images per panel, up to 108")
-    add("--ckpt_path", help="checkpoint to resume from")
+    add("--num_samples", type=int, default=32, help="images of each kind, up to 108")
+    add("--ckpt_path", default=SUPPRESS, help="checkpoint to resume from")
     add("--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"), help="in W&B")
     return parser
 
 
-def choose_wandb_mode() -> str | None:
-    """Returns "offline" without an account or a connection. None keeps W&B's own setting."""
-    if wandb.setup().settings.mode != "online":  # the user has chosen another mode
-        return None
-    with suppress(wandb.errors.AuthenticationError):  # invalid key, or W&B can't be reached
-        if wandb.login(prompt=False):  # False if there is no key
-            return None
-    return "offline"
-
-
 def make_trainer(args: Namespace) -> pl.Trainer:
-    if args.gpus is not None:
+    if "gpus" in args:
         args.accelerator = "gpu" if args.gpus else "cpu"
         args.devices = args.gpus or "auto"
-    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds to upload the rest at the end
-    mode = None if args.fast_dev_run else choose_wandb_mode()
-    logger = pl.loggers.WandbLogger(project=args.project, save_dir=None, mode=mode)  # in WANDB_DIR
+    flags = ["accelerator", "devices", "strategy", "num_nodes", "precision", "max_epochs"]
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds, if the connection is lost
+    mode = "disabled" if args.fast_dev_run else choose_wandb_mode()
+    names = CLASS_NAMES.get(args.dataset)
     return pl.Trainer(
-        accelerator=args.accelerator,
-        devices=args.devices,
-        strategy=args.strategy,
-        num_nodes=args.num_nodes,
-        precision=args.precision,
-        max_epochs=args.max_epochs,
+        **{flag: getattr(args, flag) for flag in flags},
         fast_dev_run=args.fast_dev_run,
         log_every_n_steps=10,
-        logger=logger,
+        logger=WandbLogger(project=args.project, save_dir=None, mode=mode),
         callbacks=[
-            ImagePredictionLogger(args.num_samples, CLASS_NAMES.get(args.dataset), [MEAN], [STD]),
+            ImagePredictionLogger(
+                num_samples=args.num_samples, class_names=names, mean=[MEAN], std=[STD]
+            ),
             StopAtSigterm(),
-            pl.callbacks.EarlyStopping("val/loss", patience=1_000_000),  # stops only on NaN or inf
-            pl.callbacks.LearningRateMonitor(),
-            pl.callbacks.TQDMProgressBar(refresh_rate=20),
-            pl.callbacks.ModelCheckpoint(monitor="val/loss"),  # becomes trainer.checkpoint_callback
-            # Overwritten every epoch. In Lightning 2.6, save_last=True needs an improved val/loss.
-            pl.callbacks.ModelCheckpoint(filename="last", enable_version_counter=False),
+            LearningRateMonitor(),
+            TQDMProgressBar(refresh_rate=20),
+            ModelCheckpoint(monitor="val/loss", save_top_k=-1, save_last=not args.fast_dev_run),
         ],
     )
 
@@ -386,33 +387,28 @@ def main(argv: list[str] | None = None) -> None:
     """Trains, then tests the checkpoint with the lowest validation loss."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    numbers = [args.lr, args.num_nodes, args.max_epochs, args.batch_size, args.num_samples]
-    if not all(number > 0 for number in numbers):
-        parser.error("lr, num_nodes, max_epochs, batch_size and num_samples must be positive")
+    if min(args.max_epochs, args.num_nodes, args.num_samples) < 1:
+        parser.error("--max_epochs, --num_nodes and --num_samples must be positive")
     pl.seed_everything(args.seed, verbose=False)
-    try:
-        trainer = make_trainer(args)
-        trainer.logger.log_hyperparams(vars(args))  # starts the run
-    except Exception as error:  # the Trainer or W&B refuses a flag
-        parser.error(" ".join(str(error).split()))  # on one line
-    dataset = args.dataset or ("digits" if args.fast_dev_run else None)
-    data = DigitsDataModule(dataset, args.data_dir, args.batch_size)
-    status = 1
+    if args.dataset == "auto":
+        args.dataset = "digits" if args.fast_dev_run else choose_dataset(args.data_dir)
+    trainer = make_trainer(args)
+    trainer.logger.log_hyperparams(vars(args))  # starts the run
+    model = DigitClassifier(args.lr)
+    data = DigitsDataModule(args.dataset, args.data_dir, args.batch_size)
     try:
         # With weights_only=True, no checkpoint can execute code.
-        trainer.fit(DigitClassifier(args.lr), data, ckpt_path=args.ckpt_path, weights_only=True)
+        trainer.fit(model, data, ckpt_path=vars(args).get("ckpt_path"), weights_only=True)
         if not math.isfinite(trainer.callback_metrics.get("val/loss", 0)):
-            if trainer.global_rank > 0:
-                return  # rank 0 raises for all: if another rank did first, Lightning would kill it
-            raise FloatingPointError("the loss is not finite: try a lower --lr")
+            raise FloatingPointError("val/loss is not finite: try a lower --lr")
         best_path = trainer.checkpoint_callback.best_model_path or None  # None in a fast_dev_run
-        trainer.test(trainer.lightning_module, data, ckpt_path=best_path, weights_only=True)
+        trainer.test(model, data, ckpt_path=best_path, weights_only=True)
         with suppress(wandb.errors.CommError):  # no connection, but the file is on disk
             trainer.logger.experiment.log_model(best_path, "digit-classifier", ["best"])
-        trainer.print("Checkpoint:", best_path)
-        status = 0
-    finally:
-        wandb.finish(exit_code=status)
+    except BaseException:
+        wandb.finish(exit_code=1)  # prints a summary now, so that the error comes last
+        raise
+    trainer.print("Checkpoint:", best_path)
 
 
 if __name__ == "__main__":
