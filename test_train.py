@@ -49,7 +49,7 @@ class Run:
 
     def __init__(self, folder="."):
         wandb.finish()
-        self.folder = sorted(Path(folder).absolute().glob("wandb/*run-2*"))[-1]
+        self.folder = Path(folder, "wandb", "latest-run").resolve()
         (file,) = self.folder.glob("*.wandb")
         # What `wandb leet inspect --json` runs, but that would take a second to import W&B again.
         inspect = [get_core_path(), "leet", "inspect", "--json", "--run-file", file, file.parent]
