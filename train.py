@@ -18,7 +18,6 @@ import torch.nn.functional as F
 import wandb
 from filelock import FileLock
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
-from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
@@ -28,7 +27,6 @@ from torchvision.datasets import KMNIST, MNIST, FashionMNIST
 from torchvision.transforms import RandomCrop
 
 DATASETS = {"mnist": MNIST, "fashion-mnist": FashionMNIST, "kmnist": KMNIST}
-CLASS_NAMES = {"fashion-mnist": FashionMNIST.classes, "kmnist": KMNIST.classes}
 MEAN, STD = 0.1307, 0.3081  # mean and std of MNIST's pixels, scaled to [0, 1]
 
 
@@ -67,7 +65,7 @@ class DigitsDataModule(pl.LightningDataModule):
             DATASETS[self.hparams.dataset](self.hparams.data_dir, download=True)
 
     def setup(self, stage: str) -> None:
-        """Splits the data in the same way every time."""
+        """Splits the data the same way every time."""
         data = load_dataset(self.hparams.dataset, self.hparams.data_dir, train=True)
         generator = torch.Generator().manual_seed(0)
         if self.hparams.dataset == "digits":
@@ -86,7 +84,7 @@ class DigitsDataModule(pl.LightningDataModule):
         return DataLoader(self.test, self.hparams.batch_size)
 
     def on_after_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
-        """On the device, normalises images and, in training, shifts them at random."""
+        """Normalises images and, during training, shifts them at random, on the device."""
         images, labels = batch
         if self.trainer.training:
             images = RandomCrop(28, padding=1)(images)  # one shift for the whole batch
@@ -108,7 +106,7 @@ class DigitClassifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Takes normalised images, float (N, 1, 28, 28). Returns logits, float (N, 10)."""
-        # channels_last is twice as fast on a CPU; the dtype can be half, by --precision.
+        # --precision can make the weights half; channels_last is twice as fast on a CPU.
         return self.network(images.to(self.dtype, memory_format=torch.channels_last))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -140,15 +138,14 @@ class DigitClassifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-@dataclass(eq=False)  # Lightning hashes callbacks, and eq=True would make this one unhashable
+@dataclass(eq=False)  # keeps it hashable, which Lightning needs
 class ImagePredictionLogger(pl.Callback):
     """Shows in Weights & Biases what a classifier gets wrong, after each validation or test epoch.
 
-    It logs the images with the highest loss ("hardest"), a random selection ("examples"), the
-    lowest recall of a class and, for up to 100 classes, each recall and a confusion matrix.
+    It logs the images with the highest loss, random examples, recalls and a confusion matrix:
 
         predictions = ImagePredictionLogger(num_samples=16, class_names=["cat", "dog"])
-        trainer = pl.Trainer(logger=WandbLogger(), callbacks=[predictions])
+        trainer = pl.Trainer(logger=pl.loggers.WandbLogger(), callbacks=[predictions])
         trainer.fit(model, train_loader, val_loader)
 
     Batches must begin with inputs (N, ...) and integer labels (N,); negative labels are ignored.
@@ -164,19 +161,19 @@ class ImagePredictionLogger(pl.Callback):
     to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
 
     def on_validation_epoch_start(self, trainer, module):
-        self.results = {}  # by dataloader_idx: see `record`
-        self.has_logits = False  # True as soon as an output can't be a probability
+        self.results = {}  # by dataloader_idx: names, counts and samples, as made in `record`
+        self.in_unit_interval = True  # until an output is below 0 or above 1
         self.generator = torch.Generator().manual_seed(trainer.global_rank)  # picks the examples
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, loader_idx=None):
         inputs, labels, logits = self.read_batch(trainer, module, outputs, batch)
-        indices = self.find_indices(trainer, loader_idx, batch_idx, labels)
+        indices = self.find_indices(trainer, loader_idx, batch_idx, len(labels))
         self.record(loader_idx or 0, inputs, labels, logits, indices)
 
     def on_validation_epoch_end(self, trainer, module):
-        if self.results and not self.has_logits and not trainer.sanity_checking:
+        if self.results and self.in_unit_interval and not trainer.sanity_checking:
             rank_zero_warn("ImagePredictionLogger needs logits; these look like probabilities.")
-        # Each process broadcasts its results, because all_gather needs tensors of one size.
+        # all_gather needs tensors of one size, so the processes broadcast their results in turn.
         parts = [trainer.strategy.broadcast(self.results, src=i) for i in range(trainer.world_size)]
         for loader_idx in sorted(set().union(*parts)):
             parts_of_loader = [part[loader_idx] for part in parts if loader_idx in part]
@@ -196,43 +193,43 @@ class ImagePredictionLogger(pl.Callback):
             raise ValueError("ImagePredictionLogger needs integer labels")
         labels = labels.squeeze(1) if labels.ndim == 2 else labels  # (N, 1) becomes (N,)
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
-        if getattr(logits, "shape", ())[:-1] != labels.shape or not logits.is_floating_point():
+        if not are_logits(logits, labels):  # the step returned a loss, for example
             with trainer.precision_plugin.val_step_context():  # such as autocast, as in the step
-                logits = module(inputs)  # because the step returned a loss, for example
-        if getattr(logits, "shape", ())[:-1] != labels.shape:
+                logits = module(inputs)
+        if not are_logits(logits, labels):
             needs = "labels (N,) and logits (N, classes) or (N, 1)"
             got = f"{tuple(labels.shape)} and {getattr(logits, 'shape', logits)}"
             raise ValueError(f"ImagePredictionLogger needs {needs}, but got {got}")
         logits = logits.detach().cpu().float()
-        self.has_logits |= bool((logits < 0).any() or (logits > 1).any())
+        self.in_unit_interval &= bool(((logits >= 0) & (logits <= 1)).all())
         if logits.shape[1] == 1:
             logits = F.pad(logits, (1, 0))  # to [0, x], since softmax([0, x])[1] is sigmoid(x)
         return inputs, labels.long(), logits
 
-    def find_indices(self, trainer, loader_idx, batch_idx, labels: Tensor) -> list[int] | None:
-        """Returns each sample's index in the data set, or None where that isn't certain."""
+    def find_indices(self, trainer, loader_idx, batch_idx, num_samples: int) -> Tensor | None:
+        """Returns each sample's index in the data set, -1 for repeats. None means uncertain."""
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         loaders = CombinedLoader(loaders).flattened  # one loader, a list or a dict becomes a list
         loader = loaders[loader_idx or 0]
+        if loader_idx is None and len(loaders) > 1:
+            return None  # each batch combines batches of several loaders
         batch_sampler = getattr(loader, "batch_sampler", None)
         sampler = getattr(batch_sampler, "sampler", None)
-        is_combined = loader_idx is None and len(loaders) > 1  # batches from several loaders
-        is_stock = type(batch_sampler) is BatchSampler and getattr(loader, "in_order", True)
-        is_ordered = type(sampler) in (SequentialSampler, DistributedSampler)
-        if is_combined or not is_stock or not is_ordered or getattr(sampler, "shuffle", False):
-            return None
-        start = batch_idx * batch_sampler.batch_size
-        positions = range(len(sampler))[start : start + batch_sampler.batch_size]
-        if len(positions) != len(labels):  # collate_fn or unpack changed the number of samples
-            return None
-        indices = torch.tensor(positions)
-        if type(sampler) is DistributedSampler:  # process r of n gets samples r, r + n, r + 2n, ...
+        kinds = (type(batch_sampler), type(sampler))
+        if kinds not in ((BatchSampler, SequentialSampler), (BatchSampler, DistributedSampler)):
+            return None  # the order is unknown
+        if getattr(sampler, "shuffle", False) or not getattr(loader, "in_order", True):
+            return None  # the order is random
+        size = batch_sampler.batch_size
+        indices = torch.tensor(range(len(sampler))[batch_idx * size :][:size])
+        if type(sampler) is DistributedSampler:
+            # Process r of n gets the samples r, r + n, r + 2n, ... and, at the end, repeats.
             indices = sampler.rank + sampler.num_replicas * indices
-            labels[indices >= len(sampler.dataset)] = -1  # it repeats samples, which mustn't count
-        return indices.tolist()
+            indices[indices >= len(sampler.dataset)] = -1
+        return indices if len(indices) == num_samples else None  # collate_fn can drop samples
 
     def record(self, loader_idx: int, inputs, labels, logits, indices) -> None:
-        """Counts the samples of a batch, and keeps some as (priority, image, caption)."""
+        """Counts the samples of a batch, and keeps those with the highest priorities."""
         names = self.name_classes(logits.shape[1])
         empty = {"names": names, "counts": Counter(), "hardest": [], "examples": []}
         results = self.results.setdefault(loader_idx, empty)
@@ -241,15 +238,16 @@ class ImagePredictionLogger(pl.Callback):
         losses = F.nll_loss(log_probabilities, labels.clamp(min=0), reduction="none")
         losses = losses.masked_fill(losses.isnan(), torch.inf)
         random_numbers = torch.rand(len(labels), generator=self.generator)
-        has_label = labels >= 0
-        pairs = zip(labels[has_label].tolist(), predictions[has_label].tolist(), strict=True)
+        counts = labels >= 0 if indices is None else (labels >= 0) & (indices >= 0)
+        pairs = zip(labels[counts].tolist(), predictions[counts].tolist(), strict=True)
         results["counts"].update(pairs)
         for panel, priorities in {"hardest": losses, "examples": random_numbers}.items():
-            kept = results[panel]
+            kept = results[panel]  # sorted, the highest priority first
             lowest = kept[-1][0] if len(kept) == self.num_samples else -math.inf
-            for i in (has_label & (priorities > lowest)).nonzero().flatten().tolist():
+            for i in (counts & (priorities > lowest)).nonzero().flatten().tolist():
                 caption = f"Pred: {names[predictions[i]]} ({confidences[i]:.0%}), "
-                caption += f"Label: {names[labels[i]]}" + (f" (#{indices[i]})" if indices else "")
+                caption += f"Label: {names[labels[i]]}"
+                caption += "" if indices is None else f" (#{indices[i]})"
                 kept.append((priorities[i].item(), self.make_visible(inputs[i]), caption))
             results[panel] = self.highest(kept)
 
@@ -257,24 +255,20 @@ class ImagePredictionLogger(pl.Callback):
         return sorted(samples, key=itemgetter(0), reverse=True)[: self.num_samples]
 
     def log_results(self, trainer, module, loader_idx: int, parts: list[dict]) -> None:
-        """Logs the results of a loader, of which each process has a part."""
-        counts = sum((part["counts"] for part in parts), Counter())
-        if not counts:  # no sample has a label
-            return
+        """Logs the results for a loader, to which each process contributes a part."""
+        counts, names = sum((part["counts"] for part in parts), Counter()), parts[0]["names"]
         labels = [label for label, _ in counts.elements()]
         predictions = [prediction for _, prediction in counts.elements()]
-        totals, names = Counter(labels), parts[0]["names"]
+        totals = Counter(labels)
         recalls = {names[c]: counts[c, c] / totals[c] for c in sorted(totals)}
         stage = "test" if trainer.testing else "val"
         suffix = f"/dataloader_idx_{loader_idx}" if loader_idx > 0 else ""
-        lowest = f"{stage}/lowest_recall{suffix}"
-        # Lightning logs this with its own metrics, and so completes the row that is begun below.
-        module.log(lowest, min(recalls.values()), sync_dist=True, add_dataloader_idx=False)
+        # In a fast_dev_run, loggers are Lightning's dummies, whose `log` does nothing.
         runs = [logger.experiment for logger in trainer.loggers]
-        runs = [run for run in runs if isinstance(run, wandb.Run)]
-        if not runs and not trainer.fast_dev_run:
+        runs = [run for run in runs if isinstance(run, wandb.Run) or trainer.fast_dev_run]
+        if not runs:
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
-        for run in runs or [None]:  # without a run, only to see that nothing fails
+        for run in runs:
             row, chart, show = {}, {}, self.to_media or wandb.Image
             for panel in ("hardest", "examples"):
                 samples = self.highest([sample for part in parts for sample in part[panel]])
@@ -284,10 +278,13 @@ class ImagePredictionLogger(pl.Callback):
                 row |= {f"{stage}/recall/{name}{suffix}": recalls[name] for name in recalls}
                 matrix = wandb.plot.confusion_matrix(None, labels, predictions, names)
                 chart = {f"{stage}/confusion_matrix{suffix}": matrix}
-            if run is not None and not trainer.sanity_checking:
+            if not trainer.sanity_checking:
                 run.log(row, commit=False)
-                with suppress(wandb.errors.CommError):  # the connection to W&B is lost
+                with suppress(wandb.errors.CommError):  # without connection, charts can't be logged
                     run.log(chart, commit=False)
+        # Lightning logs this with its own metrics after the epoch, which commits the row.
+        key, lowest = f"{stage}/lowest_recall{suffix}", min(recalls.values(), default=math.nan)
+        module.log(key, lowest, sync_dist=True, add_dataloader_idx=False)
 
     def name_classes(self, num_classes: int) -> list[str]:
         """Returns unique class names, or numbers if `class_names` is None."""
@@ -315,12 +312,14 @@ class ImagePredictionLogger(pl.Callback):
         return (image.clamp(0, 1) * 255).round().byte()
 
 
+def are_logits(out, labels: Tensor) -> bool:
+    return isinstance(out, Tensor) and out.is_floating_point() and out.shape[:-1] == labels.shape
+
+
 class StopAtSigterm(pl.Callback):
-    """Ends a run on SIGTERM, with status 143."""
+    """Exits on SIGTERM. Lightning's handler, set just before, hangs in collective operations."""
 
     def on_train_start(self, trainer, module):
-        # Lightning's handler, set shortly before, broadcasts to other processes. If the signal
-        # interrupts another broadcast, all of them wait for ever.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     on_sanity_check_start = on_test_start = on_train_start
@@ -329,8 +328,10 @@ class StopAtSigterm(pl.Callback):
 def choose_wandb_mode() -> str:
     """Returns "offline" if there is no account or no connection, else W&B's own setting."""
     mode = wandb.setup().settings.mode
+    if mode != "online":
+        return mode
     with suppress(wandb.errors.AuthenticationError):  # W&B refuses the key, or can't be reached
-        if mode != "online" or wandb.login(prompt=False):
+        if wandb.login(prompt=False):  # False if there is no key
             return mode
     return "offline"
 
@@ -364,12 +365,12 @@ def make_trainer(args: Namespace) -> pl.Trainer:
     flags = ["accelerator", "devices", "strategy", "num_nodes", "precision", "max_epochs"]
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds, if the connection is lost
     mode = "disabled" if args.fast_dev_run else choose_wandb_mode()
-    names = CLASS_NAMES.get(args.dataset)
+    names = None if args.dataset in ("mnist", "digits") else DATASETS[args.dataset].classes
     return pl.Trainer(
         **{flag: getattr(args, flag) for flag in flags},
         fast_dev_run=args.fast_dev_run,
         log_every_n_steps=10,
-        logger=WandbLogger(project=args.project, save_dir=None, mode=mode),
+        logger=pl.loggers.WandbLogger(project=args.project, save_dir=None, mode=mode),
         callbacks=[
             ImagePredictionLogger(
                 num_samples=args.num_samples, class_names=names, mean=[MEAN], std=[STD]
@@ -384,10 +385,9 @@ def make_trainer(args: Namespace) -> pl.Trainer:
 
 def main(argv: list[str] | None = None) -> None:
     """Trains, then tests the checkpoint with the lowest validation loss."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     if min(args.max_epochs, args.num_nodes, args.num_samples) < 1:
-        parser.error("--max_epochs, --num_nodes and --num_samples must be positive")
+        sys.exit("--max_epochs, --num_nodes and --num_samples must be positive")
     pl.seed_everything(args.seed, verbose=False)
     if args.dataset == "auto":
         args.dataset = "digits" if args.fast_dev_run else choose_dataset(args.data_dir)
