@@ -158,7 +158,7 @@ def test_panels_show_what_the_best_checkpoint_says_and_it_is_an_artifact(healthy
     (artifact,) = healthy.best_artifacts
     best = healthy.checkpoint(artifact["manifest"]["contents"][0]["path"])
     losses = [row["val/loss"] for row in healthy.rows("val/loss")]
-    assert f"epoch={np.argmin(losses)}-" in best
+    assert f"epoch={np.argmin(losses)}-" in best and len(list(Path(best).parent.iterdir())) == 3
     model = DigitClassifier.load_from_checkpoint(best, weights_only=True).eval()
     assert all(weight.is_contiguous() for weight in model.parameters())  # FSDP scrambles others
     images, labels = digits_of("test")
@@ -525,7 +525,7 @@ def test_two_processes_test_as_one_does(healthy):
     run = Run()
     assert len(list(Path("wandb").glob("*run-2*"))) == 1  # not one for each process
     indices = [index for *_, index in run.samples("test/examples")]  # of both processes
-    assert len(set(indices)) == 100 and {index % 2 for index in indices} == {0, 1}
+    assert len(set(indices)) == 100 and 60 < len({index // 2 for index in indices}) < 100
     for key in ("hardest.captions", "accuracy", "recall/3", "lowest_recall"):
         assert run.last(f"test/{key}") == healthy.last(f"test/{key}")
     assert run.last("test/loss") == pytest.approx(healthy.last("test/loss"), rel=1e-4)
