@@ -192,7 +192,7 @@ def test_without_mnist_digits_take_its_place_but_damage_is_an_error(monkeypatch,
 
 
 def broken_run(monkeypatch, spoil_data=lambda data: None, trained=None):
-    """An epoch with spoilt data, or, after a trained run's, some with larger batches."""
+    """An epoch with spoilt data, or three after those of a trained run."""
     setup = DigitsDataModule.setup
 
     def setup_and_spoil(self, stage):
@@ -202,7 +202,7 @@ def broken_run(monkeypatch, spoil_data=lambda data: None, trained=None):
     monkeypatch.setattr(DigitsDataModule, "setup", setup_and_spoil)
     start = ["--max_epochs", "1", "--batch_size", "16"]
     if trained:
-        start = ["--max_epochs", "5", "--ckpt_path", trained.checkpoint()]
+        start = ["--max_epochs", "5", "--batch_size", "16", "--ckpt_path", trained.checkpoint()]
     main([*DIGITS, "--num_samples", "100", *start])
     return Run()
 
@@ -595,7 +595,7 @@ def test_a_run_that_is_stopped_or_diverges_is_not_called_finished(what, started)
 
 
 def test_a_resumed_run_does_all_epochs_and_does_not_raise_the_learning_rate(monkeypatch, healthy):
-    run = broken_run(monkeypatch, trained=healthy)  # its epochs have fewer steps than were done
+    run = broken_run(monkeypatch, trained=healthy)  # whose schedule has come to its end
     assert max(row["lr-AdamW"] for row in run.rows("lr-AdamW")) == 0
     assert torch.load(run.checkpoint(), weights_only=True)["epoch"] == 4
     assert run.last("test/accuracy") > 0.95
