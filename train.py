@@ -32,7 +32,7 @@ MEAN, STD = 0.1307, 0.3081  # mean and std of MNIST's pixels, scaled to [0, 1]
 
 def choose_dataset(data_dir: str) -> str:
     """Returns "mnist" if it is in `data_dir` or can be downloaded, else "digits"."""
-    if not os.path.exists(f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"):  # its last file
+    if not os.path.exists(f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"):  # the last to be written
         try:
             with FileLock(f"{data_dir}/mnist.lock"):  # one process downloads, others wait
                 MNIST(data_dir, download=True)
@@ -44,7 +44,7 @@ def choose_dataset(data_dir: str) -> str:
 
 def load_dataset(name: str, data_dir: str, train: bool) -> TensorDataset:
     """Returns images, uint8 (N, 1, 28, 28), and labels, int64 (N,)."""
-    if name == "digits":  # scikit-learn ships 1,797 of them, with 8 x 8 pixels from 0 to 16
+    if name == "digits":  # scikit-learn ships 1,797 images of 8 x 8 pixels, from 0 to 16
         from sklearn.datasets import load_digits
 
         pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
@@ -103,7 +103,7 @@ class DigitClassifier(pl.LightningModule):
             nn.Conv2d(1, 16, 5, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(16), nn.ReLU(),
             nn.Conv2d(16, 32, 3, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(32), nn.ReLU(),
             nn.Conv2d(32, 128, 3, bias=False), nn.BatchNorm2d(128), nn.ReLU(),
-            nn.Flatten(), nn.Linear(128 * 3 * 3, 10),  # 28 x 28 pixels have become 3 x 3
+            nn.Flatten(), nn.Linear(128 * 3 * 3, 10),  # the feature maps are now 3 x 3
         )  # fmt: skip
 
     def forward(self, images: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class DigitClassifier(pl.LightningModule):
         images, labels = batch
         loss = F.cross_entropy(self(images), labels)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            self.log("train/loss", loss)  # W&B gets only these; logging the others costs 4%
+            self.log("train/loss", loss)  # only these go to W&B; logging all is slower
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -164,7 +164,7 @@ class ImagePredictionLogger(pl.Callback):
 
     def on_validation_epoch_start(self, trainer, module):
         self.results = {}  # by index of the loader: see `record`
-        self.in_unit_interval = True  # until an output is below 0 or above 1
+        self.in_unit_interval = True  # set to False by the first output outside [0, 1]
         self.generator = torch.Generator().manual_seed(trainer.global_rank)  # to pick the examples
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, loader_idx=None):
@@ -196,7 +196,7 @@ class ImagePredictionLogger(pl.Callback):
         labels = labels.squeeze(1) if labels.ndim == 2 else labels  # (N, 1) becomes (N,)
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
         if not are_logits(logits, labels):  # the step returned a loss, for example
-            with trainer.precision_plugin.val_step_context():  # such as autocast, as in the step
+            with trainer.precision_plugin.val_step_context():  # the same autocast as in the step
                 logits = module(inputs)
         if not are_logits(logits, labels):
             needs = "labels (N,) and logits (N, classes) or (N, 1)"
@@ -209,12 +209,12 @@ class ImagePredictionLogger(pl.Callback):
         return inputs, labels.long(), logits
 
     def find_indices(self, trainer, loader_idx, batch_idx, batch_len: int) -> Tensor | None:
-        """Returns each sample's index in the data set, -1 for repeats. None means uncertain."""
+        """Returns each sample's index in the data set, -1 for repeats, or None if it's unknown."""
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         loaders = CombinedLoader(loaders).flattened  # one loader, a list or a dict becomes a list
         loader = loaders[loader_idx or 0]
         if len(loaders) > 1 and loader_idx is None:
-            return None  # the loaders aren't used in turn, but each batch combines all of theirs
+            return None  # each batch combines batches of all loaders
         batch_sampler = getattr(loader, "batch_sampler", None)
         sampler = getattr(batch_sampler, "sampler", None)
         kinds = (type(batch_sampler), type(sampler))
@@ -239,7 +239,7 @@ class ImagePredictionLogger(pl.Callback):
         confidences, predictions = log_probabilities.exp().max(dim=1)
         losses = F.nll_loss(log_probabilities, labels.clamp(min=0), reduction="none")
         losses = losses.masked_fill(losses.isnan(), torch.inf)  # NaN is the hardest
-        random_numbers = torch.rand(len(labels), generator=self.generator)  # highest: examples
+        random_numbers = torch.rand(len(labels), generator=self.generator)  # the highest win
         valid = labels >= 0 if indices is None else (labels >= 0) & (indices >= 0)
         pairs = zip(labels[valid].tolist(), predictions[valid].tolist(), strict=True)
         results["counts"].update(pairs)
@@ -265,7 +265,7 @@ class ImagePredictionLogger(pl.Callback):
         stage = "test" if trainer.testing else "val"
         suffix = f"/dataloader_idx_{loader_idx}" if loader_idx > 0 else ""
         runs = [logger.experiment for logger in trainer.loggers]
-        runs = [run for run in runs if isinstance(run, wandb.Run) or trainer.fast_dev_run]  # dummy
+        runs = [run for run in runs if isinstance(run, wandb.Run) or trainer.fast_dev_run]
         if not runs:
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
         for run in runs:
@@ -278,9 +278,9 @@ class ImagePredictionLogger(pl.Callback):
                 row |= {f"{stage}/recall/{name}{suffix}": recalls[name] for name in recalls}
                 matrix = wandb.plot.confusion_matrix(None, labels, predictions, names)
                 chart = {f"{stage}/confusion_matrix{suffix}": matrix}
-            if not trainer.sanity_checking:  # which only shows that the media can be made
+            if not trainer.sanity_checking:  # a rehearsal, to see errors early
                 run.log(row, commit=False)  # Lightning commits the row with its own metrics
-                with suppress(wandb.errors.CommError):  # a chart needs a connection
+                with suppress(wandb.errors.CommError):  # raised if the connection is lost
                     run.log(chart, commit=False)
         key, lowest = f"{stage}/lowest_recall{suffix}", min(recalls.values(), default=math.nan)
         module.log(key, lowest, sync_dist=True, add_dataloader_idx=False)
@@ -330,7 +330,7 @@ def choose_wandb_mode() -> str:
     mode = wandb.setup().settings.mode
     if mode != "online":
         return mode
-    with suppress(wandb.errors.AuthenticationError):  # W&B refuses the key, or can't be reached
+    with suppress(wandb.errors.AuthenticationError):  # W&B rejects the key, or can't be reached
         if wandb.login(prompt=False):  # False if there is no key
             return mode
     return "offline"
@@ -352,7 +352,7 @@ def make_parser() -> ArgumentParser:
     add("--seed", type=int, default=0, help="for initial weights, shuffling and random crops")
     add("--dataset", default="auto", choices=["auto", *DATASETS, "digits"], help="mnist or digits")
     add("--data_dir", default="data", help="folder of the data set, which is downloaded if missing")
-    add("--num_samples", type=int, default=32, help="images of each kind, up to 108")
+    add("--num_samples", type=int, default=32, help="images per panel, up to 108")
     add("--ckpt_path", default=SUPPRESS, help="checkpoint to resume from")
     add("--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"), help="in W&B")
     return parser
@@ -405,7 +405,7 @@ def main(argv: list[str] | None = None) -> None:
         with suppress(wandb.errors.CommError):  # no connection, but the file is on disk
             trainer.logger.experiment.log_model(best_path, "digit-classifier", ["best"])
     except BaseException:
-        wandb.finish(exit_code=1)  # prints a summary now, so that the error comes last
+        wandb.finish(exit_code=1)  # prints W&B's summary now, so that the error comes last
         raise
     trainer.print("Checkpoint:", best_path)
 
