@@ -461,7 +461,7 @@ def test_pictures_of_any_type_are_shown_as_they_are():
     with pytest.warns(UserWarning, match="rescales"):
         run = fit(module, *[TensorDataset(images, LABELS) for images in kinds])
     for number, expected in enumerate([ramp] * 4 + [ramp / 2.55] + [ramp] * 2 + [ramp > 0.5]):
-        key = f"val/hardest/dataloader_idx_{number}" if number else "val/hardest"
+        key = f"val/hardest/dataloader_idx_{number}"
         for index, pixels in run.pictures(key).items():
             assert abs(expected[index, 0].float().numpy() * 255 - pixels).max() < 2
 

@@ -60,7 +60,7 @@ class DigitsDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         if self.hparams.dataset == "mnist":
-            MNIST(self.hparams.data_dir, download=True)  # unless choose_dataset has done so
+            MNIST(self.hparams.data_dir, download=True)  # does nothing if it is there already
 
     def setup(self, stage: str) -> None:
         data = load_dataset(self.hparams.dataset, self.hparams.data_dir, train=True)
@@ -81,7 +81,7 @@ class DigitsDataModule(pl.LightningDataModule):
         """Normalises images and, during training, shifts them at random, on the device."""
         images, labels = batch
         if self.trainer.training:
-            images = RandomCrop(28, padding=1)(images)  # one shift for a whole batch is fast
+            images = RandomCrop(28, padding=1)(images)  # one shift per batch is faster
         return [(images / 255 - MEAN) / STD, labels]
 
 
@@ -100,14 +100,14 @@ class DigitClassifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Takes normalised images, float (N, 1, 28, 28). Returns logits, float (N, 10)."""
-        # self.dtype is that of the weights. On a CPU, channels_last is twice as fast.
+        # Matches the weights' dtype, e.g. bf16-true. On a CPU, channels_last is twice as fast.
         return self.network(images.to(self.dtype, memory_format=torch.channels_last))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = F.cross_entropy(self(images), labels)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            self.log("train/loss", loss)  # Lightning drops the others, after 2 ms each
+            self.log("train/loss", loss)  # costs 2 ms; Lightning would drop other steps
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -131,7 +131,7 @@ class DigitClassifier(pl.LightningModule):
 
 @dataclass
 class Results:
-    """What the callback keeps of one data loader until the epoch ends."""
+    """What the callback collects from one data loader during an epoch."""
 
     class_names: list[str]
     labels: list[int] = field(default_factory=list)
@@ -142,7 +142,7 @@ class Results:
 
 @dataclass(eq=False)  # Lightning needs callbacks to be hashable
 class ImagePredictionLogger(pl.Callback):
-    """Logs what a classifier gets wrong to Weights & Biases, after each validation or test epoch:
+    """Logs to Weights & Biases what a classifier gets wrong, after each validation or test epoch:
     the images with the highest loss, random examples, recalls and a confusion matrix.
 
         predictions = ImagePredictionLogger(num_samples=16, class_names=["cat", "dog"])
@@ -151,14 +151,14 @@ class ImagePredictionLogger(pl.Callback):
 
     Batches must begin with inputs (N, ...) and integer labels (N,); negative labels are ignored.
     Steps should return logits, float (N, classes) or, for two classes, (N, 1), or {"logits":
-    logits}; otherwise `module(inputs)` is called. Raises ValueError if their shapes don't fit.
+    logits}; otherwise `module(inputs)` is called. Raises ValueError if the shapes don't match.
     """
 
     num_samples: int = 32  # images of each kind, at least 1; W&B shows up to 108
     class_names: Sequence[str] | None = None  # one per class; by default, classes are numbered
     mean: Sequence[float] | None = None  # of each channel, as given to Normalize (0-1 or 0-255)
     std: Sequence[float] | None = None  # if both are given, Normalize is undone
-    unpack: Callable | None = None  # if batches differ: unpack(batch) returns (inputs, labels)
+    unpack: Callable | None = None  # for other batches: unpack(batch) returns (inputs, labels)
     to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
 
     def on_validation_epoch_start(self, trainer, module):
@@ -170,20 +170,20 @@ class ImagePredictionLogger(pl.Callback):
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, loader_idx=None):
         inputs, labels, logits = self.read_batch(trainer, module, outputs, batch)
         indices = self.find_indices(trainer, batch_idx, loader_idx, len(labels))
+        if indices is not None:  # they end where a DistributedSampler begins to repeat samples
+            labels, logits = labels[: len(indices)], logits[: len(indices)]
         names = self.name_classes(logits.shape[1])
         results = self.results.setdefault(loader_idx, Results(names))
-
         confidences, predictions = logits.softmax(dim=1).max(dim=1)
         losses = F.cross_entropy(logits, labels.clamp(min=0), reduction="none")
         losses = losses.masked_fill(losses.isnan(), torch.inf).tolist()  # NaN ranks first
         random_numbers = torch.rand(len(labels), generator=self.generator).tolist()
-        is_counted = (labels >= 0) if indices is None else (labels >= 0) & (indices >= 0)
-        counted = is_counted.nonzero().flatten()
-        results.labels += labels[counted].tolist()
-        results.predictions += predictions[counted].tolist()
+        labelled = (labels >= 0).nonzero().flatten()
+        results.labels += labels[labelled].tolist()
+        results.predictions += predictions[labelled].tolist()
         # The samples that draw the highest random numbers are a uniform random choice.
         for samples, priorities in [(results.hardest, losses), (results.examples, random_numbers)]:
-            for i in counted.tolist():
+            for i in labelled.tolist():
                 if len(samples) < self.num_samples or priorities[i] > samples[-1][0]:
                     caption = f"Pred: {names[predictions[i]]} ({confidences[i]:.0%}), "
                     caption += f"Label: {names[labels[i]]}"
@@ -194,9 +194,8 @@ class ImagePredictionLogger(pl.Callback):
     def on_validation_epoch_end(self, trainer, module):
         if self.results and self.look_like_probabilities and not trainer.sanity_checking:
             rank_zero_warn("ImagePredictionLogger needs logits; these look like probabilities.")
-        merged = {}  # the results of all processes, in each process
-        for rank in range(trainer.world_size):
-            # Lightning's all_gather takes only tensors, but broadcast takes any object.
+        merged = {}  # the results of all processes
+        for rank in range(trainer.world_size):  # each broadcasts its own; all_gather needs tensors
             for loader_idx, part in trainer.strategy.broadcast(self.results, src=rank).items():
                 results = merged.setdefault(loader_idx, Results(part.class_names))
                 results.labels += part.labels
@@ -243,7 +242,7 @@ class ImagePredictionLogger(pl.Callback):
 
     def log_results(self, trainer, module, loader_idx, results: Results) -> None:
         stage = "test" if trainer.testing else "val"
-        suffix = f"/dataloader_idx_{loader_idx}" if loader_idx else ""
+        suffix = "" if loader_idx is None else f"/dataloader_idx_{loader_idx}"  # as Lightning's
         counts = Counter(zip(results.labels, results.predictions, strict=True))
         totals = Counter(results.labels)
         recalls = {results.class_names[c]: counts[c, c] / totals[c] for c in sorted(totals)}
@@ -253,11 +252,11 @@ class ImagePredictionLogger(pl.Callback):
         if not runs:
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
         for run in runs:
-            row = self.make_row(results, recalls)  # for each run, since runs can't share media
+            row = self.make_row(results, recalls)  # anew, because runs can't share media
             if trainer.sanity_checking:
                 continue  # the row was made only to see errors early
             for name, value in row.items():
-                with suppress(wandb.errors.CommError):  # the chart needs the connection at once
+                with suppress(wandb.errors.CommError):  # if offline now, only the chart is lost
                     run.log({f"{stage}/{name}{suffix}": value}, commit=False)
         # Through Lightning, so that it can be monitored; Lightning's logging commits the row.
         key, lowest = f"{stage}/lowest_recall{suffix}", min(recalls.values(), default=math.nan)
@@ -300,29 +299,30 @@ class ImagePredictionLogger(pl.Callback):
             image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-9)
         return (image.clamp(0, 1) * 255).round().byte()
 
-    def find_indices(self, trainer, batch_idx, loader_idx, batch_len: int) -> Tensor | None:
-        """Returns the samples' indices in the data set, -1 for repeats, or None if not certain."""
+    def find_indices(self, trainer, batch_idx, loader_idx, batch_len: int) -> range | None:
+        """Returns the samples' indices in the data set, or None if they can't be determined."""
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         loaders = CombinedLoader(loaders).flattened  # one loader, a list or a dict becomes a list
         if loader_idx is None and len(loaders) > 1:
             return None  # the loaders are combined: each batch holds batches of several
         loader = loaders[loader_idx or 0]
-        if not isinstance(loader, DataLoader) or type(loader.batch_sampler) is not BatchSampler:
-            return None  # custom batches
+        if type(getattr(loader, "batch_sampler", None)) is not BatchSampler or not loader.in_order:
+            return None  # custom batches, or batches in any order
         sampler, size = loader.batch_sampler.sampler, loader.batch_sampler.batch_size
-        is_distributed = type(sampler) is DistributedSampler and not sampler.shuffle
-        if not (is_distributed or type(sampler) is SequentialSampler) or not loader.in_order:
+        if type(sampler) is SequentialSampler:
+            indices = range(len(sampler))
+        elif type(sampler) is DistributedSampler and not sampler.shuffle:
+            # Process r of n gets the samples r, r + n, r + 2n, ..., and then perhaps repeats.
+            indices = range(sampler.rank, len(sampler.dataset), sampler.num_replicas)
+        else:
             return None  # shuffled, or in a custom order
-        indices = torch.arange(batch_idx * size, min((batch_idx + 1) * size, len(sampler)))
-        if is_distributed:
-            # Process r of n gets the samples r, r + n, r + 2n, ... and, at the end, repeats.
-            indices = sampler.rank + sampler.num_replicas * indices
-            indices[indices >= len(sampler.dataset)] = -1
-        return indices if len(indices) == batch_len else None  # collate_fn can drop samples
+        batch = slice(batch_idx * size, (batch_idx + 1) * size)
+        is_complete = batch_len == len(range(len(sampler))[batch])  # collate_fn can drop samples
+        return indices[batch] if is_complete else None
 
 
 class StopAtSigterm(pl.Callback):
-    """Exits on SIGTERM. Replaces Lightning's handler, which can hang on several processes."""
+    """Exits on SIGTERM. Replaces Lightning's handler, which can hang with several processes."""
 
     def on_train_start(self, trainer, module):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -331,7 +331,7 @@ class StopAtSigterm(pl.Callback):
 
 
 def choose_mode() -> str:
-    """Returns W&B's own mode, or "offline" if there is no account or no connection."""
+    """Returns W&B's own setting, but "offline" if there is no account or no connection."""
     mode = wandb.setup().settings.mode
     with suppress(wandb.errors.AuthenticationError):  # W&B rejects the key, or can't be reached
         if mode != "online" or wandb.login(prompt=False):  # False if there is no key
@@ -352,12 +352,12 @@ def make_parser() -> ArgumentParser:
     add("--fast_dev_run", action="store_true", help="one batch of each stage; writes no files")
     add("--batch_size", type=int, default=128, help="samples per batch and device (%(default)s)")
     add("--lr", type=float, default=0.015, help="learning rate; it falls to zero (%(default)s)")
-    add("--seed", type=int, default=0, help="of weights, shuffling and crops (%(default)s)")
+    add("--seed", type=int, default=0, help="for weights, shuffling and crops (%(default)s)")
     add("--dataset", default="auto", choices=["auto", "mnist", "digits"], help="auto: try mnist")
-    add("--data_dir", default="data", help="where MNIST is, or is downloaded to (%(default)s)")
+    add("--data_dir", default="data", help="folder to download MNIST to (%(default)s)")
     add("--num_samples", type=int, default=32, help="images of each kind, up to 108 (%(default)s)")
     add("--ckpt_path", help="checkpoint to resume from")
-    add("--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"), help="of W&B")
+    add("--project", default=os.environ.get("WANDB_PROJECT", "lightning-digits"), help="in W&B")
     return parser
 
 
@@ -378,7 +378,7 @@ def make_trainer(args: Namespace) -> pl.Trainer:
             StopAtSigterm(),
             LearningRateMonitor(),
             TQDMProgressBar(refresh_rate=20),
-            # Every epoch's checkpoint and last.ckpt, which Lightning writes even in a fast_dev_run.
+            # Keeps every epoch. Lightning would write last.ckpt even in a fast_dev_run.
             ModelCheckpoint(monitor="val/loss", save_top_k=-1, save_last=not args.fast_dev_run),
         ],
     )
@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.logger.log_hyperparams(vars(args))  # starts the run
     data = DigitsDataModule(args.dataset, args.data_dir, args.batch_size)
     try:
-        # weights_only=True keeps checkpoints from executing code; optimizers are still restored.
+        # weights_only=True keeps checkpoints from executing code; the optimizer is still restored.
         trainer.fit(DigitClassifier(args.lr), data, ckpt_path=args.ckpt_path, weights_only=True)
         if not math.isfinite(trainer.callback_metrics.get("val/loss", 0)):
             raise FloatingPointError("val/loss is not finite: try a lower --lr")
@@ -411,5 +411,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # garbage collection skips what is imported: epochs are 14% faster
+    gc.freeze()  # exempts imported objects from garbage collection: epochs are 14% faster
     main()
