@@ -29,7 +29,7 @@ MEAN, STD = 0.1307, 0.3081  # mean and std of MNIST's pixels, scaled to [0, 1]
 
 def choose_dataset(data_dir: str) -> str:
     """Returns "mnist" if it is in `data_dir` or can be downloaded, else "digits"."""
-    if os.path.exists(f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"):  # the last file written
+    if os.path.exists(f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"):  # written last
         return "mnist"
     with suppress(RuntimeError, OSError), FileLock(f"{data_dir}/mnist.lock"):
         MNIST(data_dir, download=True)  # in one process; the others wait for the lock
@@ -47,7 +47,7 @@ def load_dataset(name: str, data_dir: str, train: bool) -> TensorDataset:
 
     pixels, labels = map(torch.tensor, load_digits(return_X_y=True))  # pixels from 0 to 16
     images = F.interpolate(pixels.view(-1, 1, 8, 8) * (255 / 16), size=28, mode="bilinear")
-    part = (torch.arange(len(labels)) % 7 < 6) == train  # every seventh image is for testing
+    part = (torch.arange(len(labels)) % 7 < 6) == train  # holds out every seventh for testing
     return TensorDataset(images.round().byte()[part], labels[part])
 
 
@@ -81,7 +81,7 @@ class DigitsDataModule(pl.LightningDataModule):
         """Normalises images and, during training, shifts them at random, on the device."""
         images, labels = batch
         if self.trainer.training:
-            images = RandomCrop(28, padding=1)(images)  # one shift per batch is faster
+            images = RandomCrop(28, padding=1)(images)  # one shift for a batch is faster
         return [(images / 255 - MEAN) / STD, labels]
 
 
@@ -100,14 +100,14 @@ class DigitClassifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Takes normalised images, float (N, 1, 28, 28). Returns logits, float (N, 10)."""
-        # Matches the weights' dtype, e.g. bf16-true. On a CPU, channels_last is twice as fast.
+        # Casts to the weights' dtype, for bf16-true. On a CPU, channels_last is twice as fast.
         return self.network(images.to(self.dtype, memory_format=torch.channels_last))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = F.cross_entropy(self(images), labels)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            self.log("train/loss", loss)  # costs 2 ms; Lightning would drop other steps
+            self.log("train/loss", loss)  # takes 2 ms, and Lightning drops the steps between
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -143,7 +143,8 @@ class Results:
 @dataclass(eq=False)  # Lightning needs callbacks to be hashable
 class ImagePredictionLogger(pl.Callback):
     """Logs to Weights & Biases what a classifier gets wrong, after each validation or test epoch:
-    the images with the highest loss, random examples, recalls and a confusion matrix.
+    the images with the highest loss, random examples, recalls and a confusion matrix. Each batch is
+    judged as it passes. When the epoch ends, the results of all processes are merged and logged.
 
         predictions = ImagePredictionLogger(num_samples=16, class_names=["cat", "dog"])
         trainer = pl.Trainer(logger=pl.loggers.WandbLogger(), callbacks=[predictions])
@@ -154,10 +155,10 @@ class ImagePredictionLogger(pl.Callback):
     logits}; otherwise `module(inputs)` is called. Raises ValueError if the shapes don't match.
     """
 
-    num_samples: int = 32  # images of each kind, at least 1; W&B shows up to 108
+    num_samples: int = 32  # hardest and examples, each; at least 1. W&B shows up to 108
     class_names: Sequence[str] | None = None  # one per class; by default, classes are numbered
     mean: Sequence[float] | None = None  # of each channel, as given to Normalize (0-1 or 0-255)
-    std: Sequence[float] | None = None  # if both are given, Normalize is undone
+    std: Sequence[float] | None = None  # with mean and std, Normalize is undone
     unpack: Callable | None = None  # for other batches: unpack(batch) returns (inputs, labels)
     to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
 
@@ -170,7 +171,7 @@ class ImagePredictionLogger(pl.Callback):
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, loader_idx=None):
         inputs, labels, logits = self.read_batch(trainer, module, outputs, batch)
         indices = self.find_indices(trainer, batch_idx, loader_idx, len(labels))
-        if indices is not None:  # they end where a DistributedSampler begins to repeat samples
+        if indices is not None:  # drops the duplicates with which a DistributedSampler ends
             labels, logits = labels[: len(indices)], logits[: len(indices)]
         names = self.name_classes(logits.shape[1])
         results = self.results.setdefault(loader_idx, Results(names))
@@ -181,7 +182,7 @@ class ImagePredictionLogger(pl.Callback):
         labelled = (labels >= 0).nonzero().flatten()
         results.labels += labels[labelled].tolist()
         results.predictions += predictions[labelled].tolist()
-        # The samples that draw the highest random numbers are a uniform random choice.
+        # Keeping the samples that draw the highest random numbers gives a uniform random choice.
         for samples, priorities in [(results.hardest, losses), (results.examples, random_numbers)]:
             for i in labelled.tolist():
                 if len(samples) < self.num_samples or priorities[i] > samples[-1][0]:
@@ -252,13 +253,13 @@ class ImagePredictionLogger(pl.Callback):
         if not runs:
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
         for run in runs:
-            row = self.make_row(results, recalls)  # anew, because runs can't share media
+            row = self.make_row(results, recalls)  # rebuilt for each run: they can't share media
             if trainer.sanity_checking:
-                continue  # the row was made only to see errors early
+                continue  # built only so that errors surface before training
             for name, value in row.items():
-                with suppress(wandb.errors.CommError):  # if offline now, only the chart is lost
+                with suppress(wandb.errors.CommError):  # a lost connection costs only the chart
                     run.log({f"{stage}/{name}{suffix}": value}, commit=False)
-        # Through Lightning, so that it can be monitored; Lightning's logging commits the row.
+        # Logged through Lightning, to be monitored, and because Lightning then commits the row.
         key, lowest = f"{stage}/lowest_recall{suffix}", min(recalls.values(), default=math.nan)
         module.log(key, lowest, sync_dist=True, add_dataloader_idx=False)
 
@@ -290,7 +291,7 @@ class ImagePredictionLogger(pl.Callback):
         if image.ndim < 3 or image.dtype == torch.uint8:
             return image  # not an image, e.g. audio, or already uint8
         image = image.float().nan_to_num()
-        if self.mean is not None and self.std is not None:
+        if self.mean is not None or self.std is not None:
             mean, std = torch.tensor(self.mean), torch.tensor(self.std)
             image = (image.movedim(0, -1) * std + mean).movedim(-1, 0)
             image = image / (255 if mean.max() > 1 else 1)
@@ -304,21 +305,20 @@ class ImagePredictionLogger(pl.Callback):
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         loaders = CombinedLoader(loaders).flattened  # one loader, a list or a dict becomes a list
         if loader_idx is None and len(loaders) > 1:
-            return None  # the loaders are combined: each batch holds batches of several
+            return None  # the loaders are combined: each item holds a batch of each
         loader = loaders[loader_idx or 0]
         if type(getattr(loader, "batch_sampler", None)) is not BatchSampler or not loader.in_order:
-            return None  # custom batches, or batches in any order
+            return None  # custom batches, or no certain order
         sampler, size = loader.batch_sampler.sampler, loader.batch_sampler.batch_size
         if type(sampler) is SequentialSampler:
             indices = range(len(sampler))
         elif type(sampler) is DistributedSampler and not sampler.shuffle:
-            # Process r of n gets the samples r, r + n, r + 2n, ..., and then perhaps repeats.
+            # Process r of n gets the samples r, r + n, r + 2n, ..., then perhaps a duplicate.
             indices = range(sampler.rank, len(sampler.dataset), sampler.num_replicas)
         else:
             return None  # shuffled, or in a custom order
-        batch = slice(batch_idx * size, (batch_idx + 1) * size)
-        is_complete = batch_len == len(range(len(sampler))[batch])  # collate_fn can drop samples
-        return indices[batch] if is_complete else None
+        start, stop = batch_idx * size, min((batch_idx + 1) * size, len(sampler))
+        return indices[start:stop] if stop - start == batch_len else None  # collate_fn drops some
 
 
 class StopAtSigterm(pl.Callback):
@@ -371,14 +371,14 @@ def make_trainer(args: Namespace) -> pl.Trainer:
         **{flag: getattr(args, flag) for flag in flags},
         fast_dev_run=args.fast_dev_run,
         log_every_n_steps=10,
-        # save_dir=None leaves the folder to WANDB_DIR, W&B's own setting.
+        # save_dir=None lets WANDB_DIR choose the folder.
         logger=pl.loggers.WandbLogger(project=args.project, save_dir=None, mode=choose_mode()),
         callbacks=[
             ImagePredictionLogger(num_samples=args.num_samples, mean=[MEAN], std=[STD]),
             StopAtSigterm(),
             LearningRateMonitor(),
             TQDMProgressBar(refresh_rate=20),
-            # Keeps every epoch. Lightning would write last.ckpt even in a fast_dev_run.
+            # Keeps every epoch's. Lightning would write last.ckpt even in a fast_dev_run.
             ModelCheckpoint(monitor="val/loss", save_top_k=-1, save_last=not args.fast_dev_run),
         ],
     )
@@ -411,5 +411,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # exempts imported objects from garbage collection: epochs are 14% faster
+    gc.freeze()  # exempts imported objects from garbage collection: epochs run 14% faster
     main()
