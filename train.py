@@ -106,8 +106,7 @@ class DigitClassifier(pl.LightningModule):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = F.cross_entropy(self(images), labels)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            self.log("train/loss", loss)  # takes 2 ms, and Lightning drops the steps between
+        self.log("train/loss", loss)
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -182,7 +181,7 @@ class ImagePredictionLogger(pl.Callback):
         labelled = (labels >= 0).nonzero().flatten()
         results.labels += labels[labelled].tolist()
         results.predictions += predictions[labelled].tolist()
-        # Keeping the samples that draw the highest random numbers gives a uniform random choice.
+        # The highest losses are the hardest. The highest random numbers are a random choice.
         for samples, priorities in [(results.hardest, losses), (results.examples, random_numbers)]:
             for i in labelled.tolist():
                 if len(samples) < self.num_samples or priorities[i] > samples[-1][0]:
@@ -248,17 +247,17 @@ class ImagePredictionLogger(pl.Callback):
         totals = Counter(results.labels)
         recalls = {results.class_names[c]: counts[c, c] / totals[c] for c in sorted(totals)}
         runs = [logger.experiment for logger in trainer.loggers]
-        # Only rank zero has runs. In a fast_dev_run, Lightning provides dummies, which log nothing.
-        runs = [run for run in runs if isinstance(run, wandb.Run) or trainer.fast_dev_run]
-        if not runs:
+        runs = [run for run in runs if isinstance(run, wandb.Run)]  # only rank zero has any
+        if trainer.sanity_checking or trainer.fast_dev_run:
+            self.make_row(results, recalls)  # logs nothing, but errors surface early
+        elif not runs:
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
-        for run in runs:
-            row = self.make_row(results, recalls)  # rebuilt for each run: they can't share media
-            if trainer.sanity_checking:
-                continue  # built only so that errors surface before training
-            for name, value in row.items():
-                with suppress(wandb.errors.CommError):  # a lost connection costs only the chart
-                    run.log({f"{stage}/{name}{suffix}": value}, commit=False)
+        else:
+            for run in runs:
+                row = self.make_row(results, recalls)  # rebuilt, because runs can't share media
+                for name, value in row.items():
+                    with suppress(wandb.errors.CommError):  # a lost connection costs only the chart
+                        run.log({f"{stage}/{name}{suffix}": value}, commit=False)
         # Logged through Lightning, to be monitored, and because Lightning then commits the row.
         key, lowest = f"{stage}/lowest_recall{suffix}", min(recalls.values(), default=math.nan)
         module.log(key, lowest, sync_dist=True, add_dataloader_idx=False)
@@ -284,15 +283,15 @@ class ImagePredictionLogger(pl.Callback):
         return [str(name) if are_unique else f"{name} ({i})" for i, name in enumerate(names)]
 
     def make_visible(self, image: Tensor) -> Tensor:
-        """Returns a copy, as uint8 from 0 to 255, because W&B 0.31 casts floats without scaling."""
-        image = image.detach().to("cpu", copy=True)  # a view would keep the whole batch
+        """Returns a copy. Images become uint8, 0 to 255, because W&B 0.31 doesn't scale floats."""
+        image = image.detach().to("cpu", copy=True)  # a view would keep the whole batch alive
         if self.to_media is None and (image.ndim != 3 or len(image) not in (1, 3)):
             raise ValueError(f"ImagePredictionLogger needs unpack or to_media for {image.shape}")
         if image.ndim < 3 or image.dtype == torch.uint8:
-            return image  # not an image, e.g. audio, or already uint8
+            return image  # text or audio for to_media, or already uint8
         image = image.float().nan_to_num()
         if self.mean is not None or self.std is not None:
-            mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+            mean, std = torch.as_tensor(self.mean), torch.as_tensor(self.std)
             image = (image.movedim(0, -1) * std + mean).movedim(-1, 0)
             image = image / (255 if mean.max() > 1 else 1)
         elif image.min() < 0 or image.max() > 1:
@@ -404,8 +403,8 @@ def main(argv: list[str] | None = None) -> None:
         trainer.test(trainer.lightning_module, data, ckpt_path=best_path, weights_only=True)
         with suppress(wandb.errors.CommError):  # no connection, but the file is on disk
             trainer.logger.experiment.log_model(best_path, "digit-classifier", ["best"])
-    except BaseException:
-        wandb.finish(exit_code=1)  # prints W&B's summary now, so that the error comes last
+    except BaseException:  # Ctrl+C and SIGTERM too
+        wandb.finish(exit_code=1)  # now, not at exit, so that the error is printed last
         raise
     trainer.print("Checkpoint:", best_path)
 
