@@ -29,7 +29,7 @@ MEAN, STD = 0.1307, 0.3081  # mean and std of MNIST's pixels, scaled to [0, 1]
 
 def choose_dataset(data_dir: str) -> str:
     """Returns "mnist" if it is in `data_dir` or can be downloaded, else "digits"."""
-    if os.path.exists(f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"):  # written last
+    if os.path.exists(f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"):  # unpacked last
         return "mnist"
     with suppress(RuntimeError, OSError), FileLock(f"{data_dir}/mnist.lock"):
         MNIST(data_dir, download=True)  # in one process; the others wait for the lock
@@ -81,7 +81,7 @@ class DigitsDataModule(pl.LightningDataModule):
         """Normalises images and, during training, shifts them at random, on the device."""
         images, labels = batch
         if self.trainer.training:
-            images = RandomCrop(28, padding=1)(images)  # one shift for a batch is faster
+            images = RandomCrop(28, padding=1)(images)  # one shift per batch, not per image
         return [(images / 255 - MEAN) / STD, labels]
 
 
@@ -170,7 +170,7 @@ class ImagePredictionLogger(pl.Callback):
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, loader_idx=None):
         inputs, labels, logits = self.read_batch(trainer, module, outputs, batch)
         indices = self.find_indices(trainer, batch_idx, loader_idx, len(labels))
-        if indices is not None:  # drops the duplicates with which a DistributedSampler ends
+        if indices is not None:  # drops the duplicates that a DistributedSampler appends
             labels, logits = labels[: len(indices)], logits[: len(indices)]
         names = self.name_classes(logits.shape[1])
         results = self.results.setdefault(loader_idx, Results(names))
@@ -178,10 +178,10 @@ class ImagePredictionLogger(pl.Callback):
         losses = F.cross_entropy(logits, labels.clamp(min=0), reduction="none")
         losses = losses.masked_fill(losses.isnan(), torch.inf).tolist()  # NaN ranks first
         random_numbers = torch.rand(len(labels), generator=self.generator).tolist()
-        labelled = (labels >= 0).nonzero().flatten()
+        labelled = (labels >= 0).nonzero().flatten()  # without the clamped ones
         results.labels += labels[labelled].tolist()
         results.predictions += predictions[labelled].tolist()
-        # The highest losses are the hardest. The highest random numbers are a random choice.
+        # Keeps the highest losses and, which makes a random choice, the highest random numbers.
         for samples, priorities in [(results.hardest, losses), (results.examples, random_numbers)]:
             for i in labelled.tolist():
                 if len(samples) < self.num_samples or priorities[i] > samples[-1][0]:
@@ -195,7 +195,7 @@ class ImagePredictionLogger(pl.Callback):
         if self.results and self.look_like_probabilities and not trainer.sanity_checking:
             rank_zero_warn("ImagePredictionLogger needs logits; these look like probabilities.")
         merged = {}  # the results of all processes
-        for rank in range(trainer.world_size):  # each broadcasts its own; all_gather needs tensors
+        for rank in range(trainer.world_size):  # broadcast in turn; all_gather takes only tensors
             for loader_idx, part in trainer.strategy.broadcast(self.results, src=rank).items():
                 results = merged.setdefault(loader_idx, Results(part.class_names))
                 results.labels += part.labels
@@ -253,14 +253,13 @@ class ImagePredictionLogger(pl.Callback):
         elif not runs:
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
         else:
-            for run in runs:
-                row = self.make_row(results, recalls)  # rebuilt, because runs can't share media
-                for name, value in row.items():
-                    with suppress(wandb.errors.CommError):  # a lost connection costs only the chart
+            # With commit=False, all joins the row that Lightning commits with lowest_recall.
+            for run in runs:  # with media of its own, because runs can't share them
+                for name, value in self.make_row(results, recalls).items():
+                    with suppress(wandb.errors.CommError):  # without a connection, skips the chart
                         run.log({f"{stage}/{name}{suffix}": value}, commit=False)
-        # Logged through Lightning, to be monitored, and because Lightning then commits the row.
         key, lowest = f"{stage}/lowest_recall{suffix}", min(recalls.values(), default=math.nan)
-        module.log(key, lowest, sync_dist=True, add_dataloader_idx=False)
+        module.log(key, lowest, sync_dist=True, add_dataloader_idx=False)  # to be monitored, too
 
     def make_row(self, results: Results, recalls: dict) -> dict:
         show, names = self.to_media or wandb.Image, results.class_names
@@ -300,24 +299,24 @@ class ImagePredictionLogger(pl.Callback):
         return (image.clamp(0, 1) * 255).round().byte()
 
     def find_indices(self, trainer, batch_idx, loader_idx, batch_len: int) -> range | None:
-        """Returns the samples' indices in the data set, or None if they can't be determined."""
+        """Returns the samples' indices in the data set, or None if they can't be determined. Of 10
+        samples, for example, process 2 of 4 gets 2, 6 and a duplicate, which has no index."""
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         loaders = CombinedLoader(loaders).flattened  # one loader, a list or a dict becomes a list
         if loader_idx is None and len(loaders) > 1:
             return None  # the loaders are combined: each item holds a batch of each
         loader = loaders[loader_idx or 0]
         if type(getattr(loader, "batch_sampler", None)) is not BatchSampler or not loader.in_order:
-            return None  # custom batches, or no certain order
+            return None  # custom batches, or no guaranteed order
         sampler, size = loader.batch_sampler.sampler, loader.batch_sampler.batch_size
         if type(sampler) is SequentialSampler:
             indices = range(len(sampler))
         elif type(sampler) is DistributedSampler and not sampler.shuffle:
-            # Process r of n gets the samples r, r + n, r + 2n, ..., then perhaps a duplicate.
             indices = range(sampler.rank, len(sampler.dataset), sampler.num_replicas)
         else:
             return None  # shuffled, or in a custom order
         start, stop = batch_idx * size, min((batch_idx + 1) * size, len(sampler))
-        return indices[start:stop] if stop - start == batch_len else None  # collate_fn drops some
+        return indices[start:stop] if stop - start == batch_len else None  # collate_fn can drop
 
 
 class StopAtSigterm(pl.Callback):
@@ -332,9 +331,11 @@ class StopAtSigterm(pl.Callback):
 def choose_mode() -> str:
     """Returns W&B's own setting, but "offline" if there is no account or no connection."""
     mode = wandb.setup().settings.mode
+    if mode != "online":
+        return mode
     with suppress(wandb.errors.AuthenticationError):  # W&B rejects the key, or can't be reached
-        if mode != "online" or wandb.login(prompt=False):  # False if there is no key
-            return mode
+        if wandb.login(prompt=False):  # False if there is no key
+            return "online"
     return "offline"
 
 
@@ -377,7 +378,7 @@ def make_trainer(args: Namespace) -> pl.Trainer:
             StopAtSigterm(),
             LearningRateMonitor(),
             TQDMProgressBar(refresh_rate=20),
-            # Keeps every epoch's. Lightning would write last.ckpt even in a fast_dev_run.
+            # -1 keeps every epoch. Lightning would write last.ckpt even in a fast_dev_run.
             ModelCheckpoint(monitor="val/loss", save_top_k=-1, save_last=not args.fast_dev_run),
         ],
     )
