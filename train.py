@@ -142,8 +142,8 @@ class Results:
 @dataclass(eq=False)  # Lightning needs callbacks to be hashable
 class ImagePredictionLogger(pl.Callback):
     """Logs to Weights & Biases what a classifier gets wrong, after each validation or test epoch:
-    the images with the highest loss, random examples, recalls and a confusion matrix. Each batch is
-    judged as it passes. When the epoch ends, the results of all processes are merged and logged.
+    the images with the highest loss, random examples, recalls and a confusion matrix. Batches are
+    judged as they pass. When the epoch ends, the results of all processes are merged and logged.
 
         predictions = ImagePredictionLogger(num_samples=16, class_names=["cat", "dog"])
         trainer = pl.Trainer(logger=pl.loggers.WandbLogger(), callbacks=[predictions])
@@ -156,9 +156,9 @@ class ImagePredictionLogger(pl.Callback):
 
     num_samples: int = 32  # hardest and examples, each; at least 1. W&B shows up to 108
     class_names: Sequence[str] | None = None  # one per class; by default, classes are numbered
-    mean: Sequence[float] | None = None  # of each channel, as given to Normalize (0-1 or 0-255)
-    std: Sequence[float] | None = None  # with mean and std, Normalize is undone
-    unpack: Callable | None = None  # for other batches: unpack(batch) returns (inputs, labels)
+    mean: Sequence[float] | None = None  # per channel, as given to Normalize, for 0-1 or 0-255
+    std: Sequence[float] | None = None  # give both to undo Normalize
+    unpack: Callable | None = None  # unpack(batch) returns (inputs, labels), for other batches
     to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
 
     def on_validation_epoch_start(self, trainer, module):
@@ -178,10 +178,10 @@ class ImagePredictionLogger(pl.Callback):
         losses = F.cross_entropy(logits, labels.clamp(min=0), reduction="none")
         losses = losses.masked_fill(losses.isnan(), torch.inf).tolist()  # NaN ranks first
         random_numbers = torch.rand(len(labels), generator=self.generator).tolist()
-        labelled = (labels >= 0).nonzero().flatten()  # without the clamped ones
+        labelled = (labels >= 0).nonzero().flatten()  # skips negative labels
         results.labels += labels[labelled].tolist()
         results.predictions += predictions[labelled].tolist()
-        # Keeps the highest losses and, which makes a random choice, the highest random numbers.
+        # Keeping the samples with the highest random numbers gives a uniform random choice.
         for samples, priorities in [(results.hardest, losses), (results.examples, random_numbers)]:
             for i in labelled.tolist():
                 if len(samples) < self.num_samples or priorities[i] > samples[-1][0]:
@@ -242,7 +242,7 @@ class ImagePredictionLogger(pl.Callback):
 
     def log_results(self, trainer, module, loader_idx, results: Results) -> None:
         stage = "test" if trainer.testing else "val"
-        suffix = "" if loader_idx is None else f"/dataloader_idx_{loader_idx}"  # as Lightning's
+        suffix = "" if loader_idx is None else f"/dataloader_idx_{loader_idx}"  # as Lightning adds
         counts = Counter(zip(results.labels, results.predictions, strict=True))
         totals = Counter(results.labels)
         recalls = {results.class_names[c]: counts[c, c] / totals[c] for c in sorted(totals)}
@@ -253,13 +253,13 @@ class ImagePredictionLogger(pl.Callback):
         elif not runs:
             rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
         else:
-            # With commit=False, all joins the row that Lightning commits with lowest_recall.
-            for run in runs:  # with media of its own, because runs can't share them
+            # commit=False adds to the row that Lightning commits when it logs lowest_recall, below.
+            for run in runs:  # each needs its own media objects
                 for name, value in self.make_row(results, recalls).items():
                     with suppress(wandb.errors.CommError):  # without a connection, skips the chart
                         run.log({f"{stage}/{name}{suffix}": value}, commit=False)
         key, lowest = f"{stage}/lowest_recall{suffix}", min(recalls.values(), default=math.nan)
-        module.log(key, lowest, sync_dist=True, add_dataloader_idx=False)  # to be monitored, too
+        module.log(key, lowest, sync_dist=True, add_dataloader_idx=False)  # can be monitored
 
     def make_row(self, results: Results, recalls: dict) -> dict:
         show, names = self.to_media or wandb.Image, results.class_names
@@ -300,11 +300,11 @@ class ImagePredictionLogger(pl.Callback):
 
     def find_indices(self, trainer, batch_idx, loader_idx, batch_len: int) -> range | None:
         """Returns the samples' indices in the data set, or None if they can't be determined. Of 10
-        samples, for example, process 2 of 4 gets 2, 6 and a duplicate, which has no index."""
+        samples, for example, rank 2 of 4 processes gets 2, 6, and a duplicate without an index."""
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         loaders = CombinedLoader(loaders).flattened  # one loader, a list or a dict becomes a list
         if loader_idx is None and len(loaders) > 1:
-            return None  # the loaders are combined: each item holds a batch of each
+            return None  # the loaders are combined: each item has a batch from each
         loader = loaders[loader_idx or 0]
         if type(getattr(loader, "batch_sampler", None)) is not BatchSampler or not loader.in_order:
             return None  # custom batches, or no guaranteed order
@@ -316,7 +316,7 @@ class ImagePredictionLogger(pl.Callback):
         else:
             return None  # shuffled, or in a custom order
         start, stop = batch_idx * size, min((batch_idx + 1) * size, len(sampler))
-        return indices[start:stop] if stop - start == batch_len else None  # collate_fn can drop
+        return indices[start:stop] if stop - start == batch_len else None  # collate_fn drops some
 
 
 class StopAtSigterm(pl.Callback):
@@ -329,7 +329,7 @@ class StopAtSigterm(pl.Callback):
 
 
 def choose_mode() -> str:
-    """Returns W&B's own setting, but "offline" if there is no account or no connection."""
+    """Returns W&B's configured mode, but "offline" if there is no account or no connection."""
     mode = wandb.setup().settings.mode
     if mode != "online":
         return mode
@@ -351,7 +351,7 @@ def make_parser() -> ArgumentParser:
     add("--max_epochs", type=int, default=5, help="passes over the training set (%(default)s)")
     add("--fast_dev_run", action="store_true", help="one batch of each stage; writes no files")
     add("--batch_size", type=int, default=128, help="samples per batch and device (%(default)s)")
-    add("--lr", type=float, default=0.015, help="learning rate; it falls to zero (%(default)s)")
+    add("--lr", type=float, default=0.015, help="initial learning rate, falls to 0 (%(default)s)")
     add("--seed", type=int, default=0, help="for weights, shuffling and crops (%(default)s)")
     add("--dataset", default="auto", choices=["auto", "mnist", "digits"], help="auto: try mnist")
     add("--data_dir", default="data", help="folder to download MNIST to (%(default)s)")
