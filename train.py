@@ -154,7 +154,7 @@ class ImagePredictionLogger(pl.Callback):
     logits}; otherwise `module(inputs)` is called. Raises ValueError if the shapes don't match.
     """
 
-    num_samples: int = 32  # hardest and examples, each; at least 1. W&B shows up to 108
+    num_samples: int = 32  # of hardest and of random images; 1 or more. W&B shows up to 108
     class_names: Sequence[str] | None = None  # one per class; by default, classes are numbered
     mean: Sequence[float] | None = None  # per channel, as given to Normalize, for 0-1 or 0-255
     std: Sequence[float] | None = None  # give both to undo Normalize
@@ -163,10 +163,10 @@ class ImagePredictionLogger(pl.Callback):
 
     def on_validation_epoch_start(self, trainer, module):
         self.results = {}  # {dataloader_idx: Results}
-        self.look_like_probabilities = True  # until a logit is outside [0, 1]
+        self.look_like_probabilities = True  # set to False by a logit outside [0, 1]
         self.generator = torch.Generator().manual_seed(trainer.global_rank)  # draws the examples
 
-    # Lightning passes its dataloader_idx only if there are several loaders, one after another.
+    # Lightning passes its dataloader_idx only when it runs several loaders in sequence.
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, loader_idx=None):
         inputs, labels, logits = self.read_batch(trainer, module, outputs, batch)
         indices = self.find_indices(trainer, batch_idx, loader_idx, len(labels))
@@ -220,7 +220,7 @@ class ImagePredictionLogger(pl.Callback):
         labels = labels.squeeze(1) if labels.ndim == 2 else labels  # (N, 1) becomes (N,)
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
         if not self.are_logits(logits, labels):  # the step returned a loss, for example
-            with trainer.precision_plugin.val_step_context():  # the same autocast as in the step
+            with trainer.precision_plugin.val_step_context():  # under the same autocast
                 logits = module(inputs)
         if not self.are_logits(logits, labels) or (labels != labels.long()).any():
             needs = "integer labels (N,) and logits (N, classes) or (N, 1)"
