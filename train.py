@@ -366,13 +366,13 @@ def make_trainer(args: Namespace) -> pl.Trainer:
         args.accelerator = "gpu" if args.gpus else "cpu"
         args.devices = args.gpus or "auto"
     flags = ["accelerator", "devices", "strategy", "num_nodes", "precision", "max_epochs"]
+    mode = None if args.fast_dev_run else choose_mode()  # a fast_dev_run needs no server
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds, if the connection is lost
     return pl.Trainer(
         **{flag: getattr(args, flag) for flag in flags},
         fast_dev_run=args.fast_dev_run,
         log_every_n_steps=10,
-        # save_dir=None lets WANDB_DIR choose the folder.
-        logger=pl.loggers.WandbLogger(project=args.project, save_dir=None, mode=choose_mode()),
+        logger=pl.loggers.WandbLogger(project=args.project, save_dir=None, mode=mode),  # WANDB_DIR
         callbacks=[
             ImagePredictionLogger(num_samples=args.num_samples, mean=[MEAN], std=[STD]),
             StopAtSigterm(),
