@@ -181,7 +181,7 @@ class ImagePredictionLogger(pl.Callback):
         labelled = (labels >= 0).nonzero().flatten()  # skips negative labels
         results.labels += labels[labelled].tolist()
         results.predictions += predictions[labelled].tolist()
-        # Keeping the samples with the highest random numbers gives a uniform random choice.
+        # Keeping the samples with the highest random numbers gives a uniform random sample.
         for samples, priorities in [(results.hardest, losses), (results.examples, random_numbers)]:
             for i in labelled.tolist():
                 if len(samples) < self.num_samples or priorities[i] > samples[-1][0]:
@@ -242,7 +242,7 @@ class ImagePredictionLogger(pl.Callback):
 
     def log_results(self, trainer, module, loader_idx, results: Results) -> None:
         stage = "test" if trainer.testing else "val"
-        suffix = "" if loader_idx is None else f"/dataloader_idx_{loader_idx}"  # as Lightning adds
+        suffix = "" if loader_idx is None else f"/dataloader_idx_{loader_idx}"  # Lightning's own
         counts = Counter(zip(results.labels, results.predictions, strict=True))
         totals = Counter(results.labels)
         recalls = {results.class_names[c]: counts[c, c] / totals[c] for c in sorted(totals)}
@@ -366,8 +366,8 @@ def make_trainer(args: Namespace) -> pl.Trainer:
         args.accelerator = "gpu" if args.gpus else "cpu"
         args.devices = args.gpus or "auto"
     flags = ["accelerator", "devices", "strategy", "num_nodes", "precision", "max_epochs"]
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; W&B reads it in choose_mode
     mode = None if args.fast_dev_run else choose_mode()  # a fast_dev_run needs no server
-    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds, if the connection is lost
     return pl.Trainer(
         **{flag: getattr(args, flag) for flag in flags},
         fast_dev_run=args.fast_dev_run,
