@@ -122,7 +122,8 @@ class DigitClassifier(pl.LightningModule):
     test_step = validation_step
 
     def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.AdamW(self.parameters(), self.hparams.lr, betas=(0.9, 0.95))
+        lr = self.hparams.lr
+        optimizer = torch.optim.AdamW(self.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.05)
         num_steps = self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, num_steps)  # down to zero
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -378,7 +379,6 @@ def make_trainer(args: Namespace) -> pl.Trainer:
             StopAtSigterm(),
             LearningRateMonitor(),
             TQDMProgressBar(refresh_rate=20),
-            # -1 keeps every epoch. Lightning would write last.ckpt even in a fast_dev_run.
             ModelCheckpoint(monitor="val/loss", save_top_k=-1, save_last=not args.fast_dev_run),
         ],
     )
