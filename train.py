@@ -1,4 +1,4 @@
-"""Trains a CNN on digits with PyTorch Lightning, and shows its mistakes in Weights & Biases."""
+"""Trains a CNN on digits with PyTorch Lightning and shows its mistakes in Weights & Biases."""
 
 import gc
 import math
@@ -19,8 +19,7 @@ from filelock import FileLock
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, random_split
-from torch.utils.data.sampler import BatchSampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, TensorDataset
 from torchvision.datasets import MNIST
 from torchvision.transforms import RandomCrop
 
@@ -29,10 +28,10 @@ MEAN, STD = 0.1307, 0.3081  # mean and std of MNIST's pixels, scaled to [0, 1]
 
 def choose_dataset(data_dir: str) -> str:
     """Returns "mnist" if it is in `data_dir` or can be downloaded, else "digits"."""
-    if os.path.exists(f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"):  # unpacked last
+    if os.path.exists(f"{data_dir}/MNIST/raw/t10k-labels-idx1-ubyte"):  # written last
         return "mnist"
     with suppress(RuntimeError, OSError), FileLock(f"{data_dir}/mnist.lock"):
-        MNIST(data_dir, download=True)  # in one process; the others wait for the lock
+        MNIST(data_dir, download=True)  # one process downloads while the others wait
         return "mnist"
     rank_zero_info("MNIST can't be downloaded; using scikit-learn's digits.")
     return "digits"
@@ -47,8 +46,9 @@ def load_dataset(name: str, data_dir: str, train: bool) -> TensorDataset:
 
     pixels, labels = map(torch.tensor, load_digits(return_X_y=True))  # pixels from 0 to 16
     images = F.interpolate(pixels.view(-1, 1, 8, 8) * (255 / 16), size=28, mode="bilinear")
-    part = (torch.arange(len(labels)) % 7 < 6) == train  # holds out every seventh for testing
-    return TensorDataset(images.round().byte()[part], labels[part])
+    is_test = torch.arange(len(labels)) % 7 == 6  # every seventh image
+    mask = ~is_test if train else is_test
+    return TensorDataset(images.round().byte()[mask], labels[mask])
 
 
 class DigitsDataModule(pl.LightningDataModule):
@@ -65,7 +65,7 @@ class DigitsDataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         data = load_dataset(self.hparams.dataset, self.hparams.data_dir, train=True)
         generator = torch.Generator().manual_seed(0)  # the same split in every run
-        self.train, self.val = random_split(data, [11 / 12, 1 / 12], generator)
+        self.train, self.val = torch.utils.data.random_split(data, [11 / 12, 1 / 12], generator)
         self.test = load_dataset(self.hparams.dataset, self.hparams.data_dir, train=False)
 
     def train_dataloader(self) -> DataLoader:
@@ -81,14 +81,14 @@ class DigitsDataModule(pl.LightningDataModule):
         """Normalises images and, during training, shifts them at random, on the device."""
         images, labels = batch
         if self.trainer.training:
-            images = RandomCrop(28, padding=1)(images)  # one shift per batch, not per image
+            images = RandomCrop(28, padding=1)(images)  # one shift per batch, for speed
         return [(images / 255 - MEAN) / STD, labels]
 
 
 class DigitClassifier(pl.LightningModule):
     """A small LeNet-style CNN, with batch normalisation."""
 
-    def __init__(self, lr: float = 0.015) -> None:
+    def __init__(self, lr: float) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.network = nn.Sequential(
@@ -100,8 +100,8 @@ class DigitClassifier(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Takes normalised images, float (N, 1, 28, 28). Returns logits, float (N, 10)."""
-        # Casts to the weights' dtype, for bf16-true. On a CPU, channels_last is twice as fast.
-        return self.network(images.to(self.dtype, memory_format=torch.channels_last))
+        images = images.to(self.dtype)  # the weights' dtype, for --precision bf16-true
+        return self.network(images.to(memory_format=torch.channels_last))  # faster on a CPU
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -116,7 +116,7 @@ class DigitClassifier(pl.LightningModule):
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         stage = "test" if self.trainer.testing else "val"
         metrics = {f"{stage}/loss": loss, f"{stage}/accuracy": accuracy}
-        self.log_dict(metrics, prog_bar=True, sync_dist=True)  # means over batches and devices
+        self.log_dict(metrics, prog_bar=True, sync_dist=True)  # averaged over samples and devices
         return logits  # for ImagePredictionLogger
 
     test_step = validation_step
@@ -143,8 +143,7 @@ class Results:
 @dataclass(eq=False)  # Lightning needs callbacks to be hashable
 class ImagePredictionLogger(pl.Callback):
     """Logs to Weights & Biases what a classifier gets wrong, after each validation or test epoch:
-    the images with the highest loss, random examples, recalls and a confusion matrix. Batches are
-    judged as they pass. When the epoch ends, the results of all processes are merged and logged.
+    the images with the highest loss, random examples, recalls and a confusion matrix.
 
         predictions = ImagePredictionLogger(num_samples=16, class_names=["cat", "dog"])
         trainer = pl.Trainer(logger=pl.loggers.WandbLogger(), callbacks=[predictions])
@@ -155,36 +154,36 @@ class ImagePredictionLogger(pl.Callback):
     logits}; otherwise `module(inputs)` is called. Raises ValueError if the shapes don't match.
     """
 
-    num_samples: int = 32  # of hardest and of random images; 1 or more. W&B shows up to 108
+    num_samples: int = 32  # number of hardest images, and of random ones; W&B shows up to 108
     class_names: Sequence[str] | None = None  # one per class; by default, classes are numbered
-    mean: Sequence[float] | None = None  # per channel, as given to Normalize, for 0-1 or 0-255
-    std: Sequence[float] | None = None  # give both to undo Normalize
-    unpack: Callable | None = None  # unpack(batch) returns (inputs, labels), for other batches
+    mean: Sequence[float] | None = None  # mean per channel given to Normalize, to undo it
+    std: Sequence[float] | None = None  # standard deviation per channel; give both or neither
+    unpack: Callable | None = None  # unpack(batch) returns (inputs, labels) of another batch
     to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
 
     def on_validation_epoch_start(self, trainer, module):
-        self.results = {}  # {dataloader_idx: Results}
-        self.look_like_probabilities = True  # set to False by a logit outside [0, 1]
+        self.results = {}  # {loader_idx: Results}
+        self.look_like_probabilities = True  # until an output lies outside [0, 1]
         self.generator = torch.Generator().manual_seed(trainer.global_rank)  # draws the examples
 
     # Lightning passes its dataloader_idx only when it runs several loaders in sequence.
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, loader_idx=None):
         inputs, labels, logits = self.read_batch(trainer, module, outputs, batch)
         indices = self.find_indices(trainer, batch_idx, loader_idx, len(labels))
-        if indices is not None:  # drops the duplicates that a DistributedSampler appends
-            labels, logits = labels[: len(indices)], logits[: len(indices)]
+        keep = labels >= 0  # negative labels are ignored
+        if indices is not None:
+            keep &= indices >= 0  # and so are duplicates
         names = self.name_classes(logits.shape[1])
         results = self.results.setdefault(loader_idx, Results(names))
         confidences, predictions = logits.softmax(dim=1).max(dim=1)
+        results.labels += labels[keep].tolist()
+        results.predictions += predictions[keep].tolist()
         losses = F.cross_entropy(logits, labels.clamp(min=0), reduction="none")
         losses = losses.masked_fill(losses.isnan(), torch.inf).tolist()  # NaN ranks first
-        random_numbers = torch.rand(len(labels), generator=self.generator).tolist()
-        labelled = (labels >= 0).nonzero().flatten()  # skips negative labels
-        results.labels += labels[labelled].tolist()
-        results.predictions += predictions[labelled].tolist()
         # Keeping the samples with the highest random numbers gives a uniform random sample.
+        random_numbers = torch.rand(len(labels), generator=self.generator).tolist()
         for samples, priorities in [(results.hardest, losses), (results.examples, random_numbers)]:
-            for i in labelled.tolist():
+            for i in keep.nonzero().flatten().tolist():  # samples[-1] has the lowest priority
                 if len(samples) < self.num_samples or priorities[i] > samples[-1][0]:
                     caption = f"Pred: {names[predictions[i]]} ({confidences[i]:.0%}), "
                     caption += f"Label: {names[labels[i]]}"
@@ -196,7 +195,7 @@ class ImagePredictionLogger(pl.Callback):
         if self.results and self.look_like_probabilities and not trainer.sanity_checking:
             rank_zero_warn("ImagePredictionLogger needs logits; these look like probabilities.")
         merged = {}  # the results of all processes
-        for rank in range(trainer.world_size):  # broadcast in turn; all_gather takes only tensors
+        for rank in range(trainer.world_size):  # each process in turn sends its results to all
             for loader_idx, part in trainer.strategy.broadcast(self.results, src=rank).items():
                 results = merged.setdefault(loader_idx, Results(part.class_names))
                 results.labels += part.labels
@@ -211,6 +210,10 @@ class ImagePredictionLogger(pl.Callback):
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
+
+    def keep_highest(self, samples: list[tuple]) -> None:
+        samples.sort(key=lambda sample: sample[0], reverse=True)
+        del samples[self.num_samples :]
 
     def read_batch(self, trainer, module, outputs, batch) -> tuple[Tensor, Tensor, Tensor]:
         """Returns inputs (N, ...) and, on the CPU, labels, int64 (N,), and logits (N, classes)."""
@@ -237,43 +240,6 @@ class ImagePredictionLogger(pl.Callback):
         is_float = isinstance(output, Tensor) and output.is_floating_point()
         return is_float and output.ndim == 2 and output.shape[:1] == labels.shape
 
-    def keep_highest(self, samples: list[tuple]) -> None:
-        samples.sort(key=lambda sample: sample[0], reverse=True)
-        del samples[self.num_samples :]
-
-    def log_results(self, trainer, module, loader_idx, results: Results) -> None:
-        stage = "test" if trainer.testing else "val"
-        suffix = "" if loader_idx is None else f"/dataloader_idx_{loader_idx}"  # Lightning's own
-        counts = Counter(zip(results.labels, results.predictions, strict=True))
-        totals = Counter(results.labels)
-        recalls = {results.class_names[c]: counts[c, c] / totals[c] for c in sorted(totals)}
-        runs = [logger.experiment for logger in trainer.loggers]
-        runs = [run for run in runs if isinstance(run, wandb.Run)]  # only rank zero has any
-        if trainer.sanity_checking or trainer.fast_dev_run:
-            self.make_row(results, recalls)  # logs nothing, but errors surface early
-        elif not runs:
-            rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
-        else:
-            # commit=False adds to the row that Lightning commits when it logs lowest_recall, below.
-            for run in runs:  # each needs its own media objects
-                for name, value in self.make_row(results, recalls).items():
-                    with suppress(wandb.errors.CommError):  # without a connection, skips the chart
-                        run.log({f"{stage}/{name}{suffix}": value}, commit=False)
-        key, lowest = f"{stage}/lowest_recall{suffix}", min(recalls.values(), default=math.nan)
-        module.log(key, lowest, sync_dist=True, add_dataloader_idx=False)  # can be monitored
-
-    def make_row(self, results: Results, recalls: dict) -> dict:
-        show, names = self.to_media or wandb.Image, results.class_names
-        row = {
-            "hardest": [show(image, caption=caption) for _, image, caption in results.hardest],
-            "examples": [show(image, caption=caption) for _, image, caption in results.examples],
-        }
-        if len(names) <= 100:
-            row |= {f"recall/{name}": recall for name, recall in recalls.items()}
-            chart = wandb.plot.confusion_matrix(None, results.labels, results.predictions, names)
-            row["confusion_matrix"] = chart
-        return row
-
     def name_classes(self, num_classes: int) -> list[str]:
         """Returns unique class names, or numbers if `class_names` is None."""
         names = range(num_classes) if self.class_names is None else self.class_names
@@ -281,6 +247,28 @@ class ImagePredictionLogger(pl.Callback):
             raise ValueError(f"ImagePredictionLogger: {len(names)} names for {num_classes} classes")
         are_unique = len(set(names)) == num_classes
         return [str(name) if are_unique else f"{name} ({i})" for i, name in enumerate(names)]
+
+    def find_indices(self, trainer, batch_idx, loader_idx, batch_len) -> Tensor | None:
+        """Returns the samples' indices in the data set, int64 (N,), or None if they are unknown. -1
+        marks duplicates: a DistributedSampler adds some to give every process the same number."""
+        loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        loaders = CombinedLoader(loaders).flattened  # one loader, a list or a dict becomes a list
+        if loader_idx is None and len(loaders) > 1:
+            return None  # Lightning combines the batches of several loaders
+        loader = loaders[loader_idx or 0]
+        if not isinstance(loader, DataLoader) or loader.batch_size is None or not loader.in_order:
+            return None  # custom batching, or batches may arrive out of order
+        sampler, start = loader.sampler, batch_idx * loader.batch_size
+        is_distributed = type(sampler) is DistributedSampler and not sampler.shuffle
+        if type(sampler) is not SequentialSampler and not is_distributed:
+            return None  # shuffled, or in a custom order
+        indices = torch.arange(start, min(start + loader.batch_size, len(sampler)))
+        if len(indices) != batch_len:
+            return None  # collate_fn or unpack has changed the number of samples
+        if is_distributed:  # processes take turns: the second of two gets samples 1, 3, 5, ...
+            indices = sampler.rank + sampler.num_replicas * indices
+            indices[indices >= len(sampler.dataset)] = -1
+        return indices
 
     def make_visible(self, image: Tensor) -> Tensor:
         """Returns a copy. Images become uint8, 0 to 255, because W&B 0.31 doesn't scale floats."""
@@ -292,36 +280,49 @@ class ImagePredictionLogger(pl.Callback):
         image = image.float().nan_to_num()
         if self.mean is not None or self.std is not None:
             mean, std = torch.as_tensor(self.mean), torch.as_tensor(self.std)
-            image = (image.movedim(0, -1) * std + mean).movedim(-1, 0)
-            image = image / (255 if mean.max() > 1 else 1)
+            max_pixel = 255 if mean.max() > 1 else 1  # the pixels were 0 to 255, or 0 to 1
+            image = (image.movedim(0, -1) * std + mean).movedim(-1, 0) / max_pixel
         elif image.min() < 0 or image.max() > 1:
             rank_zero_warn("ImagePredictionLogger rescales images; are mean and std missing?")
             image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-9)
         return (image.clamp(0, 1) * 255).round().byte()
 
-    def find_indices(self, trainer, batch_idx, loader_idx, batch_len: int) -> range | None:
-        """Returns the samples' indices in the data set, or None if they can't be determined. Of 10
-        samples, for example, rank 2 of 4 processes gets 2, 6, and a duplicate without an index."""
-        loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        loaders = CombinedLoader(loaders).flattened  # one loader, a list or a dict becomes a list
-        if loader_idx is None and len(loaders) > 1:
-            return None  # the loaders are combined: each item has a batch from each
-        loader = loaders[loader_idx or 0]
-        if type(getattr(loader, "batch_sampler", None)) is not BatchSampler or not loader.in_order:
-            return None  # custom batches, or no guaranteed order
-        sampler, size = loader.batch_sampler.sampler, loader.batch_sampler.batch_size
-        if type(sampler) is SequentialSampler:
-            indices = range(len(sampler))
-        elif type(sampler) is DistributedSampler and not sampler.shuffle:
-            indices = range(sampler.rank, len(sampler.dataset), sampler.num_replicas)
-        else:
-            return None  # shuffled, or in a custom order
-        start, stop = batch_idx * size, min((batch_idx + 1) * size, len(sampler))
-        return indices[start:stop] if stop - start == batch_len else None  # collate_fn drops some
+    def log_results(self, trainer, module, loader_idx, results: Results) -> None:
+        stage = "test" if trainer.testing else "val"
+        suffix = "" if loader_idx is None else f"/dataloader_idx_{loader_idx}"
+        counts = Counter(zip(results.labels, results.predictions, strict=True))
+        totals = Counter(results.labels)
+        recalls = {results.class_names[c]: counts[c, c] / totals[c] for c in sorted(totals)}
+        key, lowest = f"{stage}/lowest_recall{suffix}", min(recalls.values(), default=math.nan)
+        module.log(key, lowest, sync_dist=True, add_dataloader_idx=False)  # in all processes
+        if trainer.sanity_checking or trainer.fast_dev_run:
+            self.make_row(results, recalls)  # logs nothing, but errors surface early
+            return
+        runs = [logger.experiment for logger in trainer.loggers]
+        runs = [run for run in runs if isinstance(run, wandb.Run)]  # only rank zero has any
+        if not runs:
+            rank_zero_warn("ImagePredictionLogger logs nothing: the Trainer has no WandbLogger.")
+        # After this hook, Lightning logs lowest_recall and other metrics, which commits the row.
+        # Until then, commit=False keeps it open, so that everything lands on the same step.
+        for run in runs:  # each needs its own media objects
+            for name, value in self.make_row(results, recalls).items():
+                with suppress(wandb.errors.CommError):  # raised if the chart can't be uploaded
+                    run.log({f"{stage}/{name}{suffix}": value}, commit=False)
+
+    def make_row(self, results: Results, recalls: dict) -> dict:
+        show, names = self.to_media or wandb.Image, results.class_names
+        row = {}
+        row["hardest"] = [show(image, caption=caption) for _, image, caption in results.hardest]
+        row["examples"] = [show(image, caption=caption) for _, image, caption in results.examples]
+        if len(names) <= 100:
+            row |= {f"recall/{name}": recall for name, recall in recalls.items()}
+            chart = wandb.plot.confusion_matrix(None, results.labels, results.predictions, names)
+            row["confusion_matrix"] = chart
+        return row
 
 
 class StopAtSigterm(pl.Callback):
-    """Exits on SIGTERM. Replaces Lightning's handler, which can hang with several processes."""
+    """Exits on SIGTERM. These hooks replace Lightning's handler, which can hang, once it is set."""
 
     def on_train_start(self, trainer, module):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -331,12 +332,11 @@ class StopAtSigterm(pl.Callback):
 
 def choose_mode() -> str:
     """Returns W&B's configured mode, but "offline" if there is no account or no connection."""
+    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; by default, W&B waits forever
     mode = wandb.setup().settings.mode
-    if mode != "online":
-        return mode
     with suppress(wandb.errors.AuthenticationError):  # W&B rejects the key, or can't be reached
-        if wandb.login(prompt=False):  # False if there is no key
-            return "online"
+        if mode != "online" or wandb.login(prompt=False):  # False if there is no key
+            return mode
     return "offline"
 
 
@@ -364,16 +364,15 @@ def make_parser() -> ArgumentParser:
 
 def make_trainer(args: Namespace) -> pl.Trainer:
     if args.gpus is not None:
-        args.accelerator = "gpu" if args.gpus else "cpu"
-        args.devices = args.gpus or "auto"
+        args.accelerator, args.devices = "gpu", args.gpus
     flags = ["accelerator", "devices", "strategy", "num_nodes", "precision", "max_epochs"]
-    os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; W&B reads it in choose_mode
     mode = None if args.fast_dev_run else choose_mode()  # a fast_dev_run needs no server
     return pl.Trainer(
         **{flag: getattr(args, flag) for flag in flags},
         fast_dev_run=args.fast_dev_run,
         log_every_n_steps=10,
-        logger=pl.loggers.WandbLogger(project=args.project, save_dir=None, mode=mode),  # WANDB_DIR
+        # save_dir=None leaves the choice of the folder to W&B, and so to WANDB_DIR.
+        logger=pl.loggers.WandbLogger(project=args.project, save_dir=None, mode=mode),
         callbacks=[
             ImagePredictionLogger(num_samples=args.num_samples, mean=[MEAN], std=[STD]),
             StopAtSigterm(),
@@ -395,19 +394,19 @@ def main(argv: list[str] | None = None) -> None:
     trainer = make_trainer(args)
     trainer.logger.log_hyperparams(vars(args))  # starts the run
     data = DigitsDataModule(args.dataset, args.data_dir, args.batch_size)
+    model = DigitClassifier(args.lr)
     try:
-        # weights_only=True keeps checkpoints from executing code; the optimizer is still restored.
-        trainer.fit(DigitClassifier(args.lr), data, ckpt_path=args.ckpt_path, weights_only=True)
+        # weights_only=True keeps checkpoints from running code. They still restore the optimizer.
+        trainer.fit(model, data, ckpt_path=args.ckpt_path, weights_only=True)
         if not math.isfinite(trainer.callback_metrics.get("val/loss", 0)):
             raise FloatingPointError("val/loss is not finite: try a lower --lr")
         best_path = trainer.checkpoint_callback.best_model_path or None  # None in a fast_dev_run
-        trainer.test(trainer.lightning_module, data, ckpt_path=best_path, weights_only=True)
+        trainer.test(model, data, ckpt_path=best_path, weights_only=True)
         with suppress(wandb.errors.CommError):  # no connection, but the file is on disk
             trainer.logger.experiment.log_model(best_path, "digit-classifier", ["best"])
     except BaseException:  # Ctrl+C and SIGTERM too
         wandb.finish(exit_code=1)  # now, not at exit, so that the error is printed last
         raise
-    trainer.print("Checkpoint:", best_path)
 
 
 if __name__ == "__main__":
