@@ -74,8 +74,7 @@ class Run:
     def last(self, key):
         return self.rows(key)[-1][key]
 
-    def samples(self, key):
-        """[(prediction, confidence, label, index or None)]"""
+    def samples(self, key):  # [(prediction, confidence, label, index or None)]
         pattern = re.compile(r"Pred: (.+) \((.+)%\), Label: (.+?)(?: \(#(\d+)\))?$")
         parts = [pattern.match(caption).groups() for caption in self.last(f"{key}.captions")]
         return [(p, int(c), label, i if i is None else int(i)) for p, c, label, i in parts]
@@ -105,8 +104,7 @@ class Run:
         return sorted(i for prediction, _, label, i in top if (prediction, label) == ("4", "5"))
 
 
-def digits_of(part):
-    """The images, uint8 (N, 28, 28), and labels of a part of scikit-learn's digits."""
+def digits_of(part):  # images, uint8 (N, 28, 28), and labels of a part of scikit-learn's digits
     generator = torch.Generator().manual_seed(0)
     val = torch_data.random_split(range(1541), [1413, 128], generator)[1].indices
     indices = {"val": val, "test": slice(None)}[part]
@@ -131,6 +129,11 @@ def test_fast_dev_run_goes_through_the_callback_and_leaves_no_file(monkeypatch):
     monkeypatch.setattr(wandb.plot, "confusion_matrix", None)
     with pytest.raises(TypeError):
         main(["--fast_dev_run"])
+
+
+def test_a_configured_mode_of_wandb_is_kept(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert train.choose_mode() == "disabled"
 
 
 def test_a_validation_is_one_row_and_a_healthy_one_raises_no_alarm(healthy, started):
@@ -305,8 +308,7 @@ def see(module, batch):
     return module.net(batch[0])
 
 
-def rows(get, **methods):
-    """A data set of 24 samples."""
+def rows(get, **methods):  # a data set of 24 samples
     methods |= {"__len__": lambda data: 24, "__getitem__": lambda data, index: get(index)}
     return type("Rows", (torch_data.Dataset,), methods)()
 
@@ -551,8 +553,7 @@ def main_with_event(what):
     main([*DIGITS, "--max_epochs", "1", "--devices", devices])
 
 
-def run_in(folder, what):
-    """In a forked process, which need not import PyTorch again."""
+def run_in(folder, what):  # in a forked process, which need not import PyTorch again
     os.chdir(folder)
     os.environ |= {"WANDB_SILENT": "false", **(SERVER if what.startswith("nothing") else {})}
     os.environ["MASTER_PORT"] = str(20_000 + os.getpid() % 9_999)  # not the same for two runs
@@ -565,8 +566,7 @@ def run_in(folder, what):
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    """{what: (process, folder)} of processes beside the other tests."""
+def started(tmp_path_factory):  # {what: (process, folder)} of processes beside the other tests
     folders = {what: tmp_path_factory.mktemp("started") for what in EVENTS}
     process = multiprocessing.get_context("fork").Process
     processes = {what: process(target=run_in, args=(folders[what], what)) for what in EVENTS}
