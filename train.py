@@ -271,7 +271,7 @@ class ImagePredictionLogger(pl.Callback):
         return indices
 
     def make_visible(self, image: Tensor) -> Tensor:
-        """Returns a copy. Images become uint8, 0 to 255, because W&B 0.31 doesn't scale floats."""
+        """Returns a copy. Images become uint8, which W&B shows as they are, unlike floats."""
         image = image.detach().to("cpu", copy=True)  # a view would keep the whole batch alive
         if self.to_media is None and (image.ndim != 3 or len(image) not in (1, 3)):
             raise ValueError(f"ImagePredictionLogger needs unpack or to_media for {image.shape}")
