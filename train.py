@@ -158,7 +158,7 @@ class ImagePredictionLogger(pl.Callback):
     class_names: Sequence[str] | None = None  # one per class; by default, classes are numbered
     mean: Sequence[float] | None = None  # mean per channel given to Normalize, to undo it
     std: Sequence[float] | None = None  # standard deviation per channel; give both or neither
-    unpack: Callable | None = None  # unpack(batch) returns (inputs, labels) of another batch
+    unpack: Callable | None = None  # unpack(batch) returns (inputs, labels), for other formats
     to_media: Callable | None = None  # to_media(image, caption=...) replaces wandb.Image
 
     def on_validation_epoch_start(self, trainer, module):
@@ -224,7 +224,7 @@ class ImagePredictionLogger(pl.Callback):
         labels = labels.squeeze(1) if labels.ndim == 2 else labels  # (N, 1) becomes (N,)
         logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs
         if not self.are_logits(logits, labels):  # the step returned a loss, for example
-            with trainer.precision_plugin.val_step_context():  # under the same autocast
+            with trainer.precision_plugin.val_step_context():  # validation_step's autocast
                 logits = module(inputs)
         if not self.are_logits(logits, labels) or (labels != labels.long()).any():
             needs = "integer labels (N,) and logits (N, classes) or (N, 1)"
@@ -252,7 +252,7 @@ class ImagePredictionLogger(pl.Callback):
         """Returns the samples' indices in the data set, int64 (N,), or None if they are unknown. -1
         marks duplicates: a DistributedSampler adds some to give every process the same number."""
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
-        loaders = CombinedLoader(loaders).flattened  # one loader, a list or a dict becomes a list
+        loaders = CombinedLoader(loaders).flattened  # makes one loader, a list or a dict a list
         if loader_idx is None and len(loaders) > 1:
             return None  # Lightning combines the batches of several loaders
         loader = loaders[loader_idx or 0]
@@ -265,7 +265,7 @@ class ImagePredictionLogger(pl.Callback):
         indices = torch.arange(start, min(start + loader.batch_size, len(sampler)))
         if len(indices) != batch_len:
             return None  # collate_fn or unpack has changed the number of samples
-        if is_distributed:  # processes take turns: the second of two gets samples 1, 3, 5, ...
+        if is_distributed:  # dealt out in turn: the second of two processes gets 1, 3, 5, ...
             indices = sampler.rank + sampler.num_replicas * indices
             indices[indices >= len(sampler.dataset)] = -1
         return indices
@@ -294,7 +294,7 @@ class ImagePredictionLogger(pl.Callback):
         totals = Counter(results.labels)
         recalls = {results.class_names[c]: counts[c, c] / totals[c] for c in sorted(totals)}
         key, lowest = f"{stage}/lowest_recall{suffix}", min(recalls.values(), default=math.nan)
-        module.log(key, lowest, sync_dist=True, add_dataloader_idx=False)  # in all processes
+        module.log(key, lowest, sync_dist=True, add_dataloader_idx=False)  # by all processes
         if trainer.sanity_checking or trainer.fast_dev_run:
             self.make_row(results, recalls)  # logs nothing, but errors surface early
             return
@@ -322,7 +322,7 @@ class ImagePredictionLogger(pl.Callback):
 
 
 class StopAtSigterm(pl.Callback):
-    """Exits on SIGTERM. These hooks replace Lightning's handler, which can hang, once it is set."""
+    """Exits on SIGTERM. Lightning's own handler can hang, so these later hooks replace it."""
 
     def on_train_start(self, trainer, module):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -335,7 +335,7 @@ def choose_mode() -> str:
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")  # seconds; by default, W&B waits forever
     mode = wandb.setup().settings.mode
     with suppress(wandb.errors.AuthenticationError):  # W&B rejects the key, or can't be reached
-        if mode != "online" or wandb.login(prompt=False):  # False if there is no key
+        if mode != "online" or wandb.login(prompt=False):  # False without a key
             return mode
     return "offline"
 
@@ -371,7 +371,7 @@ def make_trainer(args: Namespace) -> pl.Trainer:
         **{flag: getattr(args, flag) for flag in flags},
         fast_dev_run=args.fast_dev_run,
         log_every_n_steps=10,
-        # save_dir=None leaves the choice of the folder to W&B, and so to WANDB_DIR.
+        # save_dir=None lets W&B choose the folder, so that WANDB_DIR has an effect.
         logger=pl.loggers.WandbLogger(project=args.project, save_dir=None, mode=mode),
         callbacks=[
             ImagePredictionLogger(num_samples=args.num_samples, mean=[MEAN], std=[STD]),
@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
     data = DigitsDataModule(args.dataset, args.data_dir, args.batch_size)
     model = DigitClassifier(args.lr)
     try:
-        # weights_only=True keeps checkpoints from running code. They still restore the optimizer.
+        # weights_only=True unpickles safely. Despite its name, it restores the optimizer, too.
         trainer.fit(model, data, ckpt_path=args.ckpt_path, weights_only=True)
         if not math.isfinite(trainer.callback_metrics.get("val/loss", 0)):
             raise FloatingPointError("val/loss is not finite: try a lower --lr")
@@ -405,7 +405,7 @@ def main(argv: list[str] | None = None) -> None:
         with suppress(wandb.errors.CommError):  # no connection, but the file is on disk
             trainer.logger.experiment.log_model(best_path, "digit-classifier", ["best"])
     except BaseException:  # Ctrl+C and SIGTERM too
-        wandb.finish(exit_code=1)  # now, not at exit, so that the error is printed last
+        wandb.finish(exit_code=1)  # here, so that the error is printed after W&B's output
         raise
 
 
