@@ -172,7 +172,7 @@ class ImagePredictionLogger(pl.Callback):
         indices = self.find_indices(trainer, batch_idx, loader_idx, len(labels))
         keep = labels >= 0  # negative labels are ignored
         if indices is not None:
-            keep &= indices >= 0  # so are duplicates, which have no index
+            keep &= indices >= 0  # so are duplicates (index -1)
         names = self.name_classes(logits.shape[1])
         results = self.results.setdefault(loader_idx, Results(names))
         confidences, predictions = logits.softmax(dim=1).max(dim=1)
