@@ -585,7 +585,7 @@ def test_a_run_that_is_stopped_or_diverges_is_not_called_finished(what, started)
     if status == 0:  # and W&B's server can't be reached
         assert output.count("syncing is set to `offline`") == 1
         assert not any(KEY.encode() in f.read_bytes() for f in folder.rglob("*") if f.is_file())
-    assert bool(run.rows("test/hardest.captions")) == (status == 0)
+    assert ("Checkpoint: " in output) == bool(run.rows("test/hardest.captions")) == (status == 0)
     assert "nan" not in what or "loss is not finite" in output.strip().splitlines()[-1]
     assert status == 0 or not run.best_artifacts
 

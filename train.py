@@ -294,7 +294,7 @@ class ImagePredictionLogger(pl.Callback):
         totals = Counter(results.labels)
         recalls = {results.class_names[c]: counts[c, c] / totals[c] for c in sorted(totals)}
         key, lowest = f"{stage}/lowest_recall{suffix}", min(recalls.values(), default=math.nan)
-        module.log(key, lowest, sync_dist=True, add_dataloader_idx=False)  # by all processes
+        module.log(key, lowest, sync_dist=True, add_dataloader_idx=False)  # needs all processes
         if trainer.sanity_checking or trainer.fast_dev_run:
             self.make_row(results, recalls)  # logs nothing, but errors surface early
             return
@@ -407,6 +407,7 @@ def main(argv: list[str] | None = None) -> None:
     except BaseException:  # Ctrl+C and SIGTERM too
         wandb.finish(exit_code=1)  # here, so that the error is printed after W&B's output
         raise
+    trainer.print("Checkpoint:", best_path)
 
 
 if __name__ == "__main__":
